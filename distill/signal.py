@@ -1,0 +1,85 @@
+"""Everything that one forward pass offers an objective, from a student or a teacher, live or stored."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from distill.layout import ImageLayout, TextLayout
+
+Layers = Mapping[int, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signal:
+    """One forward pass as objectives see it. Every field is optional; None means "cannot give it".
+
+    Per-layer fields map a layer's index (0 = first fusion layer; embeddings are never counted) to a tensor. A bare
+    tensor or a sequence is taken as layers 0, 1, ... .
+
+    Attributes:
+        logits: `[b, n_answers]` scores before softmax or sigmoid.
+        text_to_image: layer -> `[b, heads, n_text, n_image]` attention of text queries over image keys; rows sum to 1.
+        image_to_text: layer -> `[b, heads, n_image, n_text]`, the other direction.
+        hidden: layer -> `[b, n_text, d]` states at the text positions.
+        pooled: `[b, d]` the vector that the head reads.
+        similarity: `[b, b]` score of image i with text j, before softmax.
+        answers: the answer strings, one per example (black-box teachers).
+        text_layout: where text tokens sit.
+        image_layout: where image tokens sit.
+    """
+
+    logits: Tensor | None = None
+    text_to_image: Layers | None = None
+    image_to_text: Layers | None = None
+    hidden: Layers | None = None
+    pooled: Tensor | None = None
+    similarity: Tensor | None = None
+    answers: tuple[str, ...] | None = None
+    text_layout: TextLayout | None = None
+    image_layout: ImageLayout | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("text_to_image", "image_to_text", "hidden"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Mapping):
+                layers: Sequence[Tensor] = [value] if isinstance(value, Tensor) else value
+                object.__setattr__(self, name, dict(enumerate(layers)))
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """Names of the fields that are present."""
+        return frozenset(f.name for f in fields(self) if getattr(self, f.name) is not None)
+
+    def to(self, device: Any) -> "Signal":
+        """Move every tensor to a device."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {layer: tensor.to(device) for layer, tensor in value.items()}
+            return value.to(device) if hasattr(value, "to") else value
+
+        return Signal(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a forward pass is asked to record, so that nothing is computed that nobody reads.
+
+    Attributes:
+        fields: names of `Signal` fields that are wanted.
+        attention_layers: fusion layers whose attention probabilities are wanted, in both directions where it exists.
+        hidden_layers: fusion layers whose text states are wanted.
+    """
+
+    fields: frozenset[str] = frozenset({"logits"})
+    attention_layers: frozenset[int] = frozenset()
+    hidden_layers: frozenset[int] = frozenset()
+
+    def __or__(self, other: "Request") -> "Request":
+        return Request(
+            fields=self.fields | other.fields,
+            attention_layers=self.attention_layers | other.attention_layers,
+            hidden_layers=self.hidden_layers | other.hidden_layers,
+        )
