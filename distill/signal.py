@@ -25,6 +25,8 @@ class Signal:
         hidden: layer -> `[b, n_text, d]` states at the text positions.
         pooled: `[b, d]` the vector that the head reads.
         similarity: `[b, b]` score of image i with text j, before softmax.
+        matching: `[3, b]` match logits of the true pairs, of each image with a hard negative text, and of each text
+            with a hard negative image.
         answers: the answer strings, one per example (black-box teachers).
         text_layout: where text tokens sit.
         image_layout: where image tokens sit.
@@ -36,6 +38,7 @@ class Signal:
     hidden: Layers | None = None
     pooled: Tensor | None = None
     similarity: Tensor | None = None
+    matching: Tensor | None = None
     answers: tuple[str, ...] | None = None
     text_layout: TextLayout | None = None
     image_layout: ImageLayout | None = None

@@ -1,0 +1,1 @@
+"""Tasks, official metrics, the runner and the statistics that say what a result shows."""

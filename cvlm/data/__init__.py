@@ -1,0 +1,44 @@
+"""Data sets as image-text pairs, and the stored outputs of frozen encoders over them."""
+
+from cvlm.config import EasyVqaData, JsonLinesData, OpenMojiData
+from cvlm.data.examples import UNLABELLED, Examples, Picture, PictureFile, Splits, index_texts
+from cvlm.data.features import StoredTokens, encode_once
+
+DATA_KINDS: dict[str, str] = {
+    "easy_vqa": "easy-VQA from its PyPI package, official split",
+    "openmoji": "OpenMoji pictures and emoji names, split by concept",
+    "jsonl": "your own folder with train.jsonl and test.jsonl",
+}
+
+
+def load_data(spec: EasyVqaData | OpenMojiData | JsonLinesData, task: str) -> Splits:
+    """Load the splits of a data specification for a task.
+
+    Raises:
+        CvlmError: the data is missing, damaged, or made for another task.
+    """
+    from cvlm.data import easy_vqa, json_lines, openmoji
+    from cvlm.errors import CvlmError
+
+    made_for = {"easy_vqa": "vqa", "openmoji": "retrieval"}.get(spec.kind, task)
+    if made_for != task:
+        raise CvlmError(f"data kind {spec.kind!r} is made for task {made_for!r}, the recipe says {task!r}")
+    if isinstance(spec, EasyVqaData):
+        return easy_vqa.load(spec)
+    if isinstance(spec, OpenMojiData):
+        return openmoji.load(spec)
+    return json_lines.load(spec, task)
+
+
+__all__ = [
+    "DATA_KINDS",
+    "UNLABELLED",
+    "Examples",
+    "Picture",
+    "PictureFile",
+    "Splits",
+    "StoredTokens",
+    "encode_once",
+    "index_texts",
+    "load_data",
+]

@@ -1,0 +1,137 @@
+"""One split of a task's data: pictures, distinct texts, and the pairs between them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cvlm.errors import CvlmError
+
+UNLABELLED = -100
+
+
+class Picture(Protocol):
+    """Something that can be decoded to an RGB picture; `key` changes when its content does."""
+
+    @property
+    def key(self) -> str:
+        """A short text that identifies the content."""
+        ...
+
+    def load(self) -> Image.Image:
+        """Decode the picture."""
+        ...
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """A picture file on disk."""
+
+    path: Path
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of the file."""
+        try:
+            return sha256(self.path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise CvlmError(f"cannot read the image {self.path}: {error.strerror}") from error
+
+    def load(self) -> Image.Image:
+        """Decode the file.
+
+        Raises:
+            CvlmError: the file is missing, truncated, or no picture.
+        """
+        try:
+            with Image.open(self.path) as image:
+                return image.convert("RGBA" if "transparency" in image.info or image.mode == "RGBA" else "RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise CvlmError(
+                f"cannot decode the image {self.path}: {error}. Replace the file, or take its lines out of the data."
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Image-text pairs of one split.
+
+    Attributes:
+        name: the data set, for messages and reports.
+        split: `train` or `test`.
+        pictures: distinct pictures.
+        texts: distinct texts.
+        image_of: `[n]` picture index of each pair.
+        text_of: `[n]` text index of each pair.
+        labels: `[n]` answer index (vqa) or picture group (retrieval); `UNLABELLED` where it is hidden.
+        answers: the answer vocabulary, for vqa.
+    """
+
+    name: str
+    split: str
+    pictures: Sequence[Picture]
+    texts: tuple[str, ...]
+    image_of: NDArray[np.int64]
+    text_of: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    answers: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not len(self):
+            raise CvlmError(f"the {self.split} split of {self.name} is empty")
+
+    def __len__(self) -> int:
+        return len(self.image_of)
+
+    @property
+    def labelled(self) -> NDArray[np.int64]:
+        """Indices of the pairs that have a label."""
+        return np.flatnonzero(self.labels >= 0)
+
+    def hide_labels(self, share: float, seed: int) -> "Examples":
+        """Keep the labels of a random share of the pairs (at least one); the same seed keeps the same ones."""
+        if share >= 1:
+            return self
+        kept = np.random.default_rng([seed, 0x1ABE1]).permutation(len(self))[: max(1, round(share * len(self)))]
+        labels = np.full_like(self.labels, UNLABELLED)
+        labels[kept] = self.labels[kept]
+        return replace(self, labels=labels)
+
+    def limit(self, number: int | None) -> "Examples":
+        """Keep the first `number` pairs."""
+        if number is None or number >= len(self):
+            return self
+        return replace(
+            self, image_of=self.image_of[:number], text_of=self.text_of[:number], labels=self.labels[:number]
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over pictures, texts, pairs and answers; labels are left out, they never enter a stored target."""
+        digest = sha256()
+        for picture in self.pictures:
+            digest.update(picture.key.encode())
+        digest.update("\0".join([*self.texts, *self.answers]).encode())
+        digest.update(self.image_of.tobytes() + self.text_of.tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """The two splits of a data set."""
+
+    train: Examples
+    test: Examples
+
+
+def index_texts(texts: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Return the distinct texts in order of first use, and the index of each given text among them."""
+    position: dict[str, int] = {}
+    index = [position.setdefault(text, len(position)) for text in texts]
+    return tuple(position), np.array(index, dtype=np.int64)

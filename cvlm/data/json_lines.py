@@ -1,0 +1,95 @@
+"""A folder of the user's own: `train.jsonl` and `test.jsonl`, one `{"image", "text", "answer"}` per line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cvlm.config import JsonLinesData
+from cvlm.data.examples import UNLABELLED, Examples, PictureFile, Splits, index_texts
+from cvlm.errors import CvlmError, nearest
+
+Row = dict[str, Any]
+
+
+def load(spec: JsonLinesData, task: str) -> Splits:
+    """Read both splits. For vqa every test line needs an answer; training lines without one are unlabelled pairs.
+
+    Raises:
+        CvlmError: a file is missing, a line is damaged, or an answer is outside the vocabulary.
+    """
+    train_rows, test_rows = _rows(spec.path / "train.jsonl"), _rows(spec.path / "test.jsonl")
+    answers = spec.answers if spec.answers is not None else _collect_answers(train_rows) if task == "vqa" else ()
+    return Splits(
+        train=_split(spec, "train", train_rows, answers, task).limit(spec.limit),
+        test=_split(spec, "test", test_rows, answers, task).limit(spec.limit),
+    )
+
+
+def _rows(path: Path) -> list[Row]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise CvlmError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CvlmError(f"{path} is not UTF-8 text: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise CvlmError(f"{path} line {number} is not JSON: {error}") from error
+        rows.append({**_checked(row, f"{path} line {number}"), "line": number})
+    return rows
+
+
+def _checked(row: Any, place: str) -> Row:
+    if not isinstance(row, dict):
+        raise CvlmError(f'{place} must be an object such as {{"image": "1.png", "text": "...", "answer": "yes"}}')
+    for key in ("image", "text"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise CvlmError(f"{place}: {key!r} must be a text that is not empty, got {row.get(key)!r}")
+    if row.get("answer") is not None and not isinstance(row["answer"], str):
+        raise CvlmError(f"{place}: 'answer' must be a text, got {row['answer']!r}")
+    return row
+
+
+def _collect_answers(rows: list[Row]) -> tuple[str, ...]:
+    return tuple(sorted({row["answer"] for row in rows if row.get("answer") is not None}))
+
+
+def _split(spec: JsonLinesData, split: str, rows: list[Row], answers: tuple[str, ...], task: str) -> Examples:
+    files, image_of = index_texts([row["image"] for row in rows])
+    for file in files:
+        if not (spec.path / file).is_file():
+            raise CvlmError(f"{spec.path / f'{split}.jsonl'} names the image {file!r}, which is not in {spec.path}")
+    texts, text_of = index_texts([row["text"] for row in rows])
+    labels = [_label(row, spec.path / f"{split}.jsonl", answers) for row in rows] if task == "vqa" else image_of
+    if task == "vqa" and split == "test" and UNLABELLED in labels:
+        line = rows[list(labels).index(UNLABELLED)]["line"]
+        raise CvlmError(f"{spec.path / 'test.jsonl'} line {line} has no answer; every test question needs one")
+    return Examples(
+        name=spec.path.name,
+        split=split,
+        pictures=[PictureFile(spec.path / file) for file in files],
+        texts=texts,
+        image_of=image_of,
+        text_of=text_of,
+        labels=np.asarray(labels, dtype=np.int64),
+        answers=answers,
+    )
+
+
+def _label(row: Row, path: Path, answers: tuple[str, ...]) -> int:
+    answer = row.get("answer")
+    if answer is None:
+        return UNLABELLED
+    if answer not in answers:
+        raise CvlmError(
+            f"{path} line {row['line']}: the answer {answer!r} is outside the vocabulary of {len(answers)} "
+            f"answers{nearest(answer, answers)}; add it to data.answers or correct the line"
+        )
+    return answers.index(answer)

@@ -1,0 +1,193 @@
+"""Saving and loading a CVLM the way the ecosystem expects: config.json, model.safetensors, answers.json, README.md.
+
+A frozen encoder that was loaded by name is stored by reference: its name and the SHA-256 of its weights, checked when
+the model is loaded. So a model is a few megabytes. `standalone=True` stores every tensor instead. Nothing is pickled.
+"""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cvlm.config import StudentSpec
+from cvlm.encoders import fingerprint, is_frozen, load_text_encoder, load_vision_encoder, set_trainable
+from cvlm.errors import CvlmError
+from cvlm.model.cvlm import CVLM
+
+FORMAT = 1
+CONFIG, WEIGHTS, ANSWERS, CARD = "config.json", "model.safetensors", "answers.json", "README.md"
+TOWERS = ("vision", "text")
+
+
+def compose(
+    spec: StudentSpec,
+    *,
+    task: str,
+    answers: tuple[str, ...] = (),
+    vision: nn.Module | None = None,
+    text: nn.Module | None = None,
+) -> CVLM:
+    """Build an untrained CVLM from a specification; instances take the place of the encoders that it names."""
+    vision = vision if vision is not None else load_vision_encoder(spec.vision)
+    text = text if text is not None else load_text_encoder(spec.text)
+    model = CVLM(spec, task=task, vision=vision, text=text, answers=answers)
+    set_trainable(model.vision, spec.vision.train)
+    set_trainable(model.text, spec.text.train)
+    return model
+
+
+def save_model(model: CVLM, folder: str | Path, *, standalone: bool = False) -> None:
+    """Write a model; the config comes last, so a folder without one is a save that did not finish.
+
+    Args:
+        model: the model.
+        folder: made if missing; a model that stands there is replaced.
+        standalone: store frozen encoders too, instead of a reference to them.
+
+    Raises:
+        CvlmError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    referenced = [] if standalone else [tower for tower in TOWERS if _by_reference(model, tower)]
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k.split(".")[0] not in referenced}
+    config = {
+        "model_type": "cvlm",
+        "format": FORMAT,
+        "task": model.task,
+        "spec": json.loads(model.spec.model_dump_json()),
+        "referenced_encoders": {tower: fingerprint(getattr(model, tower)) for tower in referenced},
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).unlink(missing_ok=True)
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / ANSWERS).write_text(json.dumps(model.answers, ensure_ascii=False, indent=0), encoding="utf-8")
+        (folder / CARD).write_text(model_card(model), encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise CvlmError(f"cannot write the model to {folder}: {error}") from error
+
+
+def load_model(name: str | Path, *, vision: nn.Module | None = None, text: nn.Module | None = None) -> CVLM:
+    """Load a model from a folder or the Hugging Face hub, in evaluation mode.
+
+    Args:
+        name: a folder written by `save_model`, or a hub repository.
+        vision: the vision encoder, where the model was built with an instance of the user's own class.
+        text: likewise for text.
+
+    Raises:
+        CvlmError: there is no complete model, an encoder has changed since, or weights do not fit by name.
+    """
+    folder = _locate(name)
+    config = _read_config(folder)
+    spec, referenced = config["spec"], config["referenced_encoders"]
+    towers = {"vision": vision, "text": text}
+    for tower in TOWERS:
+        if towers[tower] is None and getattr(spec, tower).name == "custom":
+            raise CvlmError(
+                f"{folder} was built with a {tower} encoder of your own class; pass it: from_pretrained(..., {tower}=...)"
+            )
+    # Encoders whose weights stand in the file are built without loading theirs first.
+    build_spec = spec.model_copy(
+        update={
+            tower: getattr(spec, tower).model_copy(update={"pretrained": tower in referenced}) for tower in TOWERS
+        }
+    )
+    model = compose(build_spec, task=config["task"], answers=_read_answers(folder), vision=vision, text=text)
+    model.spec = spec
+    for tower, expected in referenced.items():
+        _check_reference(model, tower, expected, folder)
+    _load_strictly(model, load_file(folder / WEIGHTS), set(referenced), folder)
+    return model.eval()
+
+
+def push_model(model: CVLM, repository: str, *, private: bool = False, standalone: bool = False) -> None:
+    """Save a model to a temporary folder and upload it to the Hugging Face hub."""
+    from huggingface_hub import HfApi
+
+    with TemporaryDirectory() as folder:
+        save_model(model, folder, standalone=standalone)
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+
+
+def model_card(model: CVLM) -> str:
+    """Return a short model card in the hub's format."""
+    spec, fusion = model.spec, model.spec.fusion
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return (
+        "---\nlibrary_name: cvlm\ntags: [cvlm, vision-language]\n---\n\n"
+        f"# A compositional vision-language model for {model.task}\n\n"
+        f"- vision encoder: `{spec.vision.name}` ({spec.vision.train})\n"
+        f"- text encoder: `{spec.text.name}` ({spec.text.train})\n"
+        f"- fusion: {fusion.kind}, width {fusion.width}, depth {fusion.depth}, {fusion.heads} heads\n"
+        f"- trained parameters: {trained:,}\n\n"
+        "Load it with `cvlm.CVLM.from_pretrained(folder)`. The encoders keep their own licences.\n"
+    )
+
+
+def _by_reference(model: CVLM, tower: str) -> bool:
+    """A tower is stored by reference when a name brings the same weights back: frozen, pretrained, not the user's."""
+    spec = getattr(model.spec, tower)
+    return spec.name != "custom" and spec.pretrained and is_frozen(getattr(model, tower))
+
+
+def _locate(name: str | Path) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or str(name).count("/") != 1 or str(name).startswith((".", "/")):
+        raise CvlmError(f"there is no model folder {str(name)!r}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS, ANSWERS]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CvlmError(f"{str(name)!r} is no folder, and the hub did not give it: {error}") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():
+        raise CvlmError(f"{folder} holds no {CONFIG}: it is no CVLM, or saving it did not finish")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if config.get("model_type") != "cvlm" or config.get("format") != FORMAT:
+            raise CvlmError(
+                f"{folder / CONFIG} describes model_type {config.get('model_type')!r}, format {config.get('format')!r};"
+                f" this version reads model_type 'cvlm', format {FORMAT}"
+            )
+        return {**config, "spec": StudentSpec.model_validate(config["spec"])}
+    except (ValueError, KeyError, AttributeError, ValidationError) as error:
+        raise CvlmError(f"{folder / CONFIG} is damaged: {error}") from error
+
+
+def _read_answers(folder: Path) -> tuple[str, ...]:
+    try:
+        return tuple(json.loads((folder / ANSWERS).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise CvlmError(f"{folder / ANSWERS} is missing or damaged: {error}") from error
+
+
+def _check_reference(model: CVLM, tower: str, expected: str, folder: Path) -> None:
+    found = fingerprint(getattr(model, tower))
+    if found != expected:
+        name = getattr(model.spec, tower).name
+        raise CvlmError(
+            f"{folder}: the {tower} encoder {name!r} is not the one this model was trained on (fingerprint {found[:12]}, "
+            f"expected {expected[:12]}); install the version it was trained with, or save models with standalone=True"
+        )
+
+
+def _load_strictly(model: CVLM, state: dict[str, Tensor], referenced: set[str], folder: Path) -> None:
+    expected = {name for name in model.state_dict() if name.split(".")[0] not in referenced}
+    missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
+    if missing or unexpected:
+        raise CvlmError(f"{folder / WEIGHTS} does not fit its config: missing {missing}, unexpected {unexpected}")
+    model.load_state_dict(state, strict=False)

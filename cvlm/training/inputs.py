@@ -1,0 +1,85 @@
+"""From pair indices to model inputs: stored encoder outputs where a tower is frozen, live preprocessing elsewhere."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cvlm.data import Examples, StoredTokens, encode_once
+from cvlm.data.features import Progress
+from cvlm.encoders import EncoderOutput, is_frozen
+from cvlm.model import CVLM
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """The two inputs of one model over one split.
+
+    Attributes:
+        examples: the split.
+        image: stored outputs of the vision tower, or the tower itself where it is trained.
+        text: likewise for text.
+    """
+
+    examples: Examples
+    image: StoredTokens | nn.Module
+    text: StoredTokens | nn.Module
+
+    @property
+    def stored(self) -> frozenset[str]:
+        """Towers that never run again: their outputs are stored."""
+        pairs = (("vision", self.image), ("text", self.text))
+        return frozenset(tower for tower, source in pairs if isinstance(source, StoredTokens))
+
+    def pairs(self, index: Indices) -> dict[str, Any]:
+        """Return `{"image", "text"}` inputs of some pairs."""
+        return {
+            "image": self.images(self.examples.image_of[index]),
+            "text": self.texts(self.examples.text_of[index]),
+        }
+
+    def images(self, index: Indices) -> Any:
+        """Return the inputs of some pictures."""
+        if isinstance(self.image, StoredTokens):
+            return self.image.take(index)
+        return self.image.prepare([self.examples.pictures[i].load() for i in index])  # type: ignore[operator]
+
+    def texts(self, index: Indices) -> Any:
+        """Return the inputs of some texts."""
+        if isinstance(self.text, StoredTokens):
+            return self.text.take(index)
+        return self.text.prepare([self.examples.texts[i] for i in index])  # type: ignore[operator]
+
+
+def model_inputs(
+    model: CVLM, examples: Examples, store: Path | None, *, device: str = "cpu", progress: Progress | None = None
+) -> ModelInputs:
+    """Store what frozen towers say about a split, and return how to feed the model.
+
+    Args:
+        model: its frozen towers run once per picture and per distinct text.
+        examples: the split.
+        store: folder of the stored outputs; None stores nothing and runs every tower live.
+        device: where towers run.
+        progress: called with (done, total).
+    """
+    image: StoredTokens | nn.Module = model.vision
+    text: StoredTokens | nn.Module = model.text
+    if store is not None and is_frozen(model.vision):
+        image = encode_once(model.vision, examples.pictures, store, device=device, progress=progress)
+    if store is not None and is_frozen(model.text):
+        text = encode_once(model.text, examples.texts, store, device=device, progress=progress)
+    return ModelInputs(examples=examples, image=image, text=text)
+
+
+def move(value: Any, device: torch.device | str) -> Any:
+    """Move model inputs to a device."""
+    if isinstance(value, dict):
+        return {name: move(item, device) for name, item in value.items()}
+    return value.to(device) if isinstance(value, torch.Tensor | EncoderOutput) else value

@@ -1,0 +1,164 @@
+"""Where a phase gets its teacher's signal from: stored targets, or the teacher itself, run beside the student."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cvlm.cost import count_flops
+from cvlm.data import Examples
+from cvlm.data.features import Progress
+from cvlm.training.inputs import ModelInputs, move
+from cvlm.training.teacher import CvlmTeacher
+from distill import Request, Signal, Teacher
+from distill.targets import TargetStore
+
+Indices = NDArray[np.int64]
+
+
+class TargetSource(Protocol):
+    """A teacher's signal for pairs of one split.
+
+    Attributes:
+        depth: number of the teacher's cross-modal layers.
+    """
+
+    depth: int
+
+    def fetch(self, index: Indices, request: Request) -> Any:
+        """Collect what `signal` needs, as CPU data."""
+        ...
+
+    def signal(self, batch: Any, request: Request) -> Signal:
+        """Return the signal of a batch."""
+        ...
+
+    def flops(self, batch: Any, request: Request) -> int:
+        """Return the teacher's FLOPs for a batch."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveTarget:
+    """A teacher that runs in every step.
+
+    Attributes:
+        teacher: the teacher.
+        examples: the split.
+        inputs: stored tower outputs, where the teacher is a CVLM with frozen towers; None preprocesses live.
+    """
+
+    teacher: Teacher
+    examples: Examples
+    inputs: ModelInputs | None = None
+    device: str = "cpu"
+
+    @property
+    def depth(self) -> int:
+        """Number of the teacher's cross-modal layers."""
+        return self.teacher.depth
+
+    def fetch(self, index: Indices, request: Request) -> Any:
+        """Preprocess with the teacher's own processor, or read its towers' stored outputs."""
+        if self.inputs is not None:
+            return self.inputs.pairs(index)
+        pictures = [self.examples.pictures[i].load().convert("RGB") for i in self.examples.image_of[index]]
+        return self.teacher.prepare(pictures, [self.examples.texts[i] for i in self.examples.text_of[index]])
+
+    def signal(self, batch: Any, request: Request) -> Signal:
+        """Run the teacher without gradient."""
+        with torch.no_grad():
+            return self.teacher.signal(move(batch, self.device), request)
+
+    def flops(self, batch: Any, request: Request) -> int:
+        """Count one forward pass."""
+        return count_flops(lambda: self.signal(batch, request))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTarget:
+    """Targets that were computed before; the teacher is not even loaded."""
+
+    store: TargetStore
+    depth: int
+
+    def fetch(self, index: Indices, request: Request) -> Signal:
+        """Read the targets."""
+        return self.store.take(index)
+
+    def signal(self, batch: Signal, request: Request) -> Signal:
+        """Return what was read."""
+        return batch
+
+    def flops(self, batch: Any, request: Request) -> int:
+        """Reading costs nothing; the phase `targets` has booked the teacher's work."""
+        return 0
+
+
+@dataclass(kw_only=True)
+class BuiltTargets:
+    """Result of `store_targets`: the source, and the FLOPs and samples that were spent now (not by earlier calls)."""
+
+    source: StoredTarget
+    flops: int = field(default=0)
+    samples: int = field(default=0)
+
+
+def store_targets(
+    live: LiveTarget,
+    request: Request,
+    folder: Path,
+    *,
+    text_length: int,
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> BuiltTargets:
+    """Run the teacher once over every pair of a split and store what it says; resumes after a kill.
+
+    Args:
+        live: the teacher.
+        request: union of what all phases will ask for.
+        folder: holds one sub-folder per fingerprint of teacher, data and request.
+        text_length: room for text tokens.
+        batch_size: pairs per forward pass.
+        progress: called with (done, total).
+    """
+    pairs = len(live.examples)
+    fingerprint = _fingerprint(live, request)
+    store = TargetStore(folder / fingerprint[:24], pairs=pairs, fingerprint=fingerprint, text_length=text_length)
+    built = BuiltTargets(source=StoredTarget(store=store, depth=live.depth))
+    per_sample = 0.0
+    for start in range(store.done, pairs, batch_size):
+        index = np.arange(start, min(start + batch_size, pairs))
+        batch = live.fetch(index, request)
+        if not per_sample:
+            per_sample = live.flops(batch, request) / len(index)
+        store.write(start, live.signal(batch, request))
+        built.flops += round(per_sample * len(index))
+        built.samples += len(index)
+        if progress is not None:
+            progress(start + len(index), pairs)
+    if not store.store.complete:
+        store.finish()
+    return built
+
+
+def _fingerprint(live: LiveTarget, request: Request) -> str:
+    asked = (sorted(request.fields), sorted(request.attention_layers), sorted(request.hidden_layers))
+    return sha256(f"{live.teacher.fingerprint}|{live.examples.fingerprint}|{asked}".encode()).hexdigest()
+
+
+def teacher_inputs(teacher: Teacher, examples: Examples, store: Path, progress: Progress | None) -> ModelInputs | None:
+    """Store the tower outputs of a CVLM teacher; None for teachers that preprocess live."""
+    from cvlm.training.inputs import model_inputs
+
+    return model_inputs(teacher.model, examples, store, progress=progress) if isinstance(teacher, CvlmTeacher) else None
+
+
+TensorFunction = Callable[[Tensor], Tensor]

@@ -1,0 +1,81 @@
+"""A trained CVLM as the teacher of another."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from cvlm.encoders import fingerprint
+from cvlm.model import CVLM, load_model, take
+from distill import Request, Signal
+
+
+class CvlmTeacher:
+    """Wraps a trained CVLM as a white-box teacher; see `distill.Teacher`.
+
+    For retrieval with a matching head, the `similarity` of a batch is the match logit of every image with every text:
+    `b * b` runs of the fusion module.
+
+    Args:
+        model: the trained model; it is frozen and put into evaluation mode.
+        name: how messages call it.
+    """
+
+    def __init__(self, model: CVLM, name: str = "cvlm") -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.name = name
+        self.depth = model.fusion.depth
+        self.fields = model.fields - {"matching"}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all weights and the answer vocabulary."""
+        digest = sha256("\0".join([self.model.task, *self.model.answers, str(self.model.spec)]).encode())
+        for part in (self.model.vision, self.model.text):
+            digest.update(fingerprint(part).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            if not name.startswith(("vision.", "text.")):
+                digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The vocabulary that its logits are over."""
+        return self.model.answers
+
+    def prepare(self, images: Sequence[Image], texts: Sequence[str]) -> Mapping[str, Any]:
+        """Preprocess pairs with the model's own towers."""
+        return {"image": self.model.vision.prepare(images), "text": self.model.text.prepare(texts)}  # type: ignore[operator]
+
+    def signal(self, inputs: Mapping[str, Any], request: Request) -> Signal:
+        """Run the model without gradient."""
+        with torch.no_grad():
+            if self.model.matching_head is not None and "similarity" in request.fields:
+                return self._match_all(inputs)
+            return self.model(inputs["image"], inputs["text"], request=replace(request, fields=request.fields))
+
+    def to(self, device: Any) -> "CvlmTeacher":
+        """Move the model."""
+        self.model.to(device)
+        return self
+
+    def _match_all(self, inputs: Mapping[str, Any]) -> Signal:
+        image, text = self.model.encode_image(inputs["image"]), self.model.encode_text(inputs["text"])
+        rows: list[Tensor] = []
+        everything = torch.arange(len(text.tokens), device=text.tokens.device)
+        for i in range(len(image.tokens)):
+            one = torch.full_like(everything, i)
+            rows.append(self.model.match(take(image, one), text))
+        return Signal(similarity=torch.stack(rows))
+
+
+def load_cvlm_teacher(name: str | Path | CVLM, **_: Any) -> CvlmTeacher:
+    """Make a teacher of a model folder, a hub name, or a loaded model."""
+    if isinstance(name, CVLM):
+        return CvlmTeacher(name)
+    return CvlmTeacher(load_model(name), name=f"cvlm ({name})")

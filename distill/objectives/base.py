@@ -1,0 +1,115 @@
+"""What every objective is: a small module that turns two signals into `(sum, count)`."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from distill.alignment import LayerMap, resolve_layers
+from distill.errors import DistillError
+from distill.signal import Layers, Request, Signal
+
+Loss = tuple[Tensor, Tensor]
+"""Sum of per-example losses (scalar) and the number of examples in it (scalar)."""
+
+
+class Objective(nn.Module):
+    """One term of a loss.
+
+    A subclass states the signal fields it needs on both sides, and returns the *sum* over examples and their *count*;
+    the trainer alone divides, so that gradient accumulation and ragged batches leave the scale unchanged. Trainable
+    adapters (regressors) are made by `prepare` from one example of both signals.
+
+    Args:
+        weight: factor of this term in the total loss; applied by the trainer, not by `forward`.
+    """
+
+    kind: ClassVar[str]
+    source: ClassVar[str]
+    student_needs: frozenset[str] = frozenset()
+    teacher_needs: frozenset[str] = frozenset()
+
+    def __init__(self, *, weight: float = 1.0) -> None:
+        super().__init__()
+        if weight < 0:
+            raise DistillError(f"objective {self.kind!r}: weight is {weight}, it must not be negative")
+        self.weight = weight
+
+    def missing(self, student: frozenset[str], teacher: frozenset[str]) -> dict[str, frozenset[str]]:
+        """Return the needed fields that a student and a teacher with these fields cannot give, by side."""
+        return {"student": self.student_needs - student, "teacher": self.teacher_needs - teacher}
+
+    def requests(self, student_depth: int, teacher_depth: int) -> tuple[Request, Request]:
+        """Say what the student's and the teacher's forward passes must record."""
+        return Request(fields=self.student_needs), Request(fields=self.teacher_needs)
+
+    def prepare(self, student: Signal, teacher: Signal | None) -> None:
+        """Make adapters that fit both signals; does nothing when there are none or they exist."""
+
+    def count(self, labels: Tensor | None, examples: int) -> int:
+        """Return how many of a batch's examples this term counts, before any forward pass."""
+        return examples
+
+    def forward(self, student: Signal, teacher: Signal | None, labels: Tensor | None = None) -> Loss:
+        """Compare the signals.
+
+        Args:
+            student: the trained model's signal.
+            teacher: the target, detached; None for objectives without `teacher_needs`.
+            labels: `[b]` class or group index, -100 where there is no label; or `[b, n_answers]` soft scores, rows of
+                -100 where there is no label.
+
+        Raises:
+            DistillError: a needed field is None, or shapes cannot be aligned.
+        """
+        raise NotImplementedError
+
+    def take(self, signal: Signal | None, side: str, field: str) -> object:
+        """Return a field that `forward` needs, or say who promised it and failed."""
+        value = None if signal is None else getattr(signal, field)
+        if value is None:
+            raise DistillError(f"objective {self.kind!r} needs the field {field!r} of the {side}, which gave none")
+        return value
+
+
+class LayerObjective(Objective):
+    """An objective over pairs of fusion layers.
+
+    Args:
+        layers: `last`, `uniform`, or pairs `[[student, teacher], ...]`; see `distill.alignment.resolve_layers`.
+        weight: factor of this term.
+    """
+
+    def __init__(self, *, layers: LayerMap = "last", weight: float = 1.0) -> None:
+        super().__init__(weight=weight)
+        resolve_layers(layers, 10**6, 10**6)  # refuses unknown words now, before any depth is known
+        self.layers = layers
+
+    def pairs(self, student: Layers, teacher: Layers) -> list[tuple[Tensor, Tensor]]:
+        """Pair up the recorded layers of two signals."""
+        students, teachers = sorted(student), sorted(teacher)
+        if self.layers == "uniform" and len(students) == len(teachers):
+            chosen = list(zip(students, teachers, strict=True))  # both sides recorded just the layers of the map
+        else:
+            chosen = resolve_layers(self.layers, students[-1] + 1, teachers[-1] + 1)
+        absent = [pair for pair in chosen if pair[0] not in student or pair[1] not in teacher]
+        if absent:
+            raise DistillError(f"objective {self.kind!r}: layers {absent} were not recorded")
+        return [(student[s], teacher[t].detach()) for s, t in chosen]
+
+
+def example_mean(rows: Tensor, exists: Tensor) -> Loss:
+    """Average rows `[b, r]` within each example, over existing rows only; sum over the examples that have any."""
+    number = exists.sum(-1)
+    mean = (rows * exists).sum(-1) / number.clamp_min(1)
+    return mean.sum(), (number > 0).sum()
+
+
+def labelled_rows(labels: Tensor) -> Tensor:
+    """Return `[b]` True where a label is present."""
+    return labels >= 0 if labels.dim() == 1 else labels[:, 0] >= 0
+
+
+def zero_like(tensor: Tensor) -> Tensor:
+    """A zero that keeps the graph, so that every rank runs a backward pass of the same shape."""
+    return torch.nan_to_num(tensor).sum() * 0.0

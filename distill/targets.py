@@ -1,0 +1,133 @@
+"""Stored teacher targets: what a teacher said about every pair, computed once for all phases and seeds.
+
+Only deterministic views are stored: the pictures went in without random augmentation, so a target never goes stale
+within one data set. Attention is stored with its heads averaged, in half precision (rows are scaled back to one on
+reading); everything else in single precision.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distill.errors import DistillError
+from distill.layout import ImageLayout, TextLayout
+from distill.signal import Signal
+from distill.store import ArrayStore
+
+STORABLE = frozenset(
+    {"logits", "pooled", "text_to_image", "image_to_text", "hidden", "text_layout", "image_layout"}
+)
+"""Fields that belong to one pair alone; `similarity` depends on the batch and needs the teacher itself."""
+
+PER_LAYER = ("text_to_image", "image_to_text", "hidden")
+
+
+class TargetStore:
+    """Targets for `pairs` pairs under one fingerprint.
+
+    Args:
+        folder: the store.
+        pairs: number of pairs.
+        fingerprint: of teacher, data and request; see `matches`.
+        text_length: longest text in the teacher's tokens, so that every row has room.
+    """
+
+    def __init__(self, folder: Path, *, pairs: int, fingerprint: str, text_length: int) -> None:
+        self.fingerprint, self.text_length = fingerprint, text_length
+        self.store = ArrayStore(folder, pairs)
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._meta: dict[str, Any] = {}
+
+    @property
+    def done(self) -> int:
+        """Number of leading pairs on disk; all of them once the store is complete."""
+        return self.store.rows if self.store.complete else self.store.done
+
+    def write(self, start: int, signal: Signal) -> None:
+        """Store the signal of consecutive pairs.
+
+        Raises:
+            DistillError: the signal has a field that depends on the batch.
+        """
+        if signal.fields - STORABLE:
+            raise DistillError(f"fields {sorted(signal.fields - STORABLE)} cannot be stored; use the teacher live")
+        columns = {name: tensor.cpu().numpy() for name, tensor in _columns(signal).items()}
+        self.store.write(start, columns, {name: self._row_shape(name, c) for name, c in columns.items()})
+        layout = signal.image_layout
+        self._meta = {"fingerprint": self.fingerprint}
+        if layout is not None:
+            self._meta |= {"grid": list(layout.grid), "special": layout.special}
+
+    def finish(self) -> None:
+        """Mark the store complete."""
+        self.store.finish(self._meta)
+
+    def take(self, index: NDArray[np.int64]) -> Signal:
+        """Return the targets of some pairs as one signal.
+
+        Raises:
+            DistillError: the store belongs to another teacher, data set or request, or is incomplete.
+        """
+        if not self._arrays:
+            self._open()
+        columns = {name: torch.from_numpy(array[index]) for name, array in self._arrays.items()}
+        fields: dict[str, Any] = {name: columns[name] for name in ("logits", "pooled") if name in columns}
+        spans = columns.get("spans")
+        length = self.text_length
+        if spans is not None:
+            used = (spans[..., 1] > spans[..., 0]).any(0).nonzero()
+            length = int(used.max()) + 1 if len(used) else 1
+            fields["text_layout"] = TextLayout(spans=spans[:, :length])
+        for name in PER_LAYER:
+            layers = {int(key.split("-")[1]): value for key, value in columns.items() if key.startswith(name + "-")}
+            if layers:
+                fields[name] = {layer: _restore(name, value.float(), length) for layer, value in layers.items()}
+        if "grid" in self._meta:
+            fields["image_layout"] = ImageLayout(grid=tuple(self._meta["grid"]), special=self._meta["special"])
+        return Signal(**fields)
+
+    def _open(self) -> None:
+        if not self.store.complete:
+            raise DistillError(f"the targets in {self.store.folder} are incomplete; build them again")
+        self._arrays, self._meta = self.store.read()
+        if self._meta["fingerprint"] != self.fingerprint:
+            raise DistillError(
+                f"the targets in {self.store.folder} were made by another teacher, from other data, or for other "
+                f"objectives (fingerprint {self._meta['fingerprint'][:12]}, wanted {self.fingerprint[:12]}); delete the "
+                "folder to build them again"
+            )
+
+    def _row_shape(self, name: str, column: NDArray[Any]) -> tuple[int, ...]:
+        shape = list(column.shape[1:])
+        text_axis = {"spans": 0, "hidden": 0, "text_to_image": 0, "image_to_text": 1}.get(name.split("-")[0])
+        if text_axis is not None:
+            shape[text_axis] = self.text_length
+        return tuple(shape)
+
+
+def _columns(signal: Signal) -> dict[str, Tensor]:
+    """Flatten a signal into `[b, ...]` tensors: heads averaged, one column per layer."""
+    columns: dict[str, Tensor] = {}
+    for name in ("logits", "pooled"):
+        if getattr(signal, name) is not None:
+            columns[name] = getattr(signal, name).float()
+    for name in PER_LAYER:
+        layers: Mapping[int, Tensor] = getattr(signal, name) or {}
+        for layer, value in layers.items():
+            columns[f"{name}-{layer}"] = value.float() if name == "hidden" else value.float().mean(1).half()
+    if signal.text_layout is not None:
+        columns["spans"] = signal.text_layout.spans
+    return columns
+
+
+def _restore(name: str, value: Tensor, length: int) -> Tensor:
+    """Cut off unused padding; give attention its head axis back and rows that sum to one exactly."""
+    if name == "hidden":
+        return value[:, :length]
+    value = value[:, :length] if name == "text_to_image" else value[:, :, :length]
+    return (value / value.sum(-1, keepdim=True).clamp_min(1e-6))[:, None]
