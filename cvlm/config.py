@@ -99,6 +99,11 @@ class CvlmTeacherSpec(StudentSpec):
 
     kind: Literal["cvlm"]
 
+    @property
+    def model(self) -> StudentSpec:
+        """What the teacher is composed of."""
+        return StudentSpec(vision=self.vision, text=self.text, fusion=self.fusion, embedding=self.embedding)
+
 
 class SavedTeacherSpec(Strict):
     """A CVLM that was trained before: a folder written by `save_pretrained`."""

@@ -35,7 +35,8 @@ class Attention(nn.Module):
         self.heads = heads
         self.dropout = dropout
         self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
+        # A key bias adds the same number to a row's every score, which softmax cancels: it could never train.
+        self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
 

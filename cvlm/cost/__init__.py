@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from cvlm.cost.meter import PhaseMeter
     from cvlm.cost.phase import PhaseCost, merge_ranks
     from cvlm.cost.references import ENCODER_RUNS, PRETRAINING_RUNS, Reference, compare
-    from cvlm.cost.table import baseline_table, phase_table
 
 _HOMES = {
     "DEVICES": "devices",
@@ -34,8 +33,6 @@ _HOMES = {
     "PRETRAINING_RUNS": "references",
     "Reference": "references",
     "compare": "references",
-    "baseline_table": "table",
-    "phase_table": "table",
 }
 
 __all__ = [
@@ -48,14 +45,12 @@ __all__ = [
     "PhaseMeter",
     "Reference",
     "attention_flops",
-    "baseline_table",
     "compare",
     "count_flops",
     "find_device",
     "linear_flops",
     "machine_info",
     "merge_ranks",
-    "phase_table",
     "training_flops",
     "transformer_layer_flops",
 ]

@@ -1,9 +1,12 @@
 """One readable message for everything that can go wrong while weights and configurations are fetched."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cvlm.errors import CvlmError
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -14,6 +17,7 @@ def fetching(name: str) -> Iterator[None]:
     except CvlmError:
         raise
     except (OSError, RuntimeError, ValueError, ImportError) as error:
+        logger.debug("loading %s failed", name, exc_info=True)
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CvlmError(
             f"cannot load {name!r}: {reason} -- check the name and the connection, name a local folder, "

@@ -21,5 +21,5 @@ def fingerprint(encoder: nn.Module) -> str:
     for name, tensor in sorted(chain(encoder.named_parameters(), encoder.named_buffers()), key=itemgetter(0)):
         digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         # Bytes through a uint8 view, because numpy has no bfloat16.
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

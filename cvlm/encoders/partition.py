@@ -1,13 +1,15 @@
 """Which parameters form which layer, and which layers train. One partition serves freezing and layer-wise rates."""
 
 import re
+from collections import Counter
 
 from torch import nn
 
 from cvlm.errors import CvlmError
 
-# Registered behind the blocks, but at work in front of them: DeBERTa's relative positions, MPNet's shared bias.
-_INPUT_SIDE = re.compile(r"embed|position|relative_attention_bias|^encoder\.(LayerNorm|conv)\.")
+# Registered behind the blocks, but at work in front of them: DeBERTa's relative positions, MPNet's shared bias, the
+# norm of BART's embeddings.
+INPUT_SIDE = re.compile(r"embed|position|relative_attention_bias|^encoder\.(LayerNorm|conv)\.")
 
 
 def set_trainable(encoder: nn.Module, mode: str) -> set[str]:
@@ -56,7 +58,9 @@ def keep_frozen_in_eval(module: nn.Module) -> None:
     """
     parameters = list(module.parameters())
     if parameters and not any(parameter.requires_grad for parameter in parameters):
-        module.eval()
+        for part in module.modules():
+            # Not eval(): that calls train(False), and a `train` that ends on this function would never end.
+            part.training = False
         return
     for child in module.children():
         keep_frozen_in_eval(child)
@@ -96,7 +100,7 @@ def group_by_blocks(module: nn.Module) -> list[list[str]]:
     for position, name in enumerate(names):
         if inside[position]:
             blocks[name.removeprefix(prefix).split(".")[0]].append(name)
-        elif position < first or _INPUT_SIDE.search(name):
+        elif position < first or INPUT_SIDE.search(name):
             stem.append(name)
         else:
             tail.append(name)
@@ -105,12 +109,26 @@ def group_by_blocks(module: nn.Module) -> list[list[str]]:
     return layers
 
 
+def layer_index(layer: int, count: int, network: nn.Module) -> int:
+    """Return the index of a layer from the front.
+
+    Raises:
+        CvlmError: the network has no such layer.
+    """
+    index = layer + count if layer < 0 else layer
+    if not 0 <= index < count:
+        raise CvlmError(
+            f"layer is {layer}, but {type(network).__name__} has {count} layers; use {-count} to {count - 1}"
+        )
+    return index
+
+
 def _checked_layers(encoder: nn.Module) -> list[list[str]]:
     """Return `encoder.layers()` after checking that every parameter stands in exactly one layer."""
     layers: list[list[str]] = encoder.layers()  # type: ignore[operator]
-    listed = [name for layer in layers for name in layer]
+    listed = Counter(name for layer in layers for name in layer)
     names = {name for name, _ in encoder.named_parameters()}
-    wrong = sorted((names ^ set(listed)) | {name for name in listed if listed.count(name) > 1})
+    wrong = sorted((names ^ set(listed)) | {name for name, count in listed.items() if count > 1})
     if wrong:
         raise CvlmError(
             f"{type(encoder).__name__}.layers() must name every parameter exactly once; "

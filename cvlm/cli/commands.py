@@ -1,0 +1,147 @@
+"""One function per command; each takes the parsed arguments."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import transformers
+
+from benchmarks.runner import evaluate, write_result
+from cvlm.api import build as build_model
+from cvlm.cli.console import Console
+from cvlm.cli.run import Run
+from cvlm.config import load_recipe
+from cvlm.data import DATA_KINDS
+from cvlm.encoders import TEXT_SCHEMES, VISION_SCHEMES
+from cvlm.errors import CvlmError
+from cvlm.model import CVLM, TASKS, save_model
+from cvlm.report import baseline_table, comparison_table, cost_table, result_table, write_report
+from cvlm.report.files import read_json
+from distill import OBJECTIVES, TEACHERS
+from fusion import BLOCKS
+
+transformers.utils.logging.disable_progress_bar()
+
+
+def build(arguments: argparse.Namespace) -> None:
+    """Compose a model, save it, and print its size table."""
+    torch.manual_seed(arguments.seed)
+    model = build_model(
+        vision=arguments.vision,
+        text=arguments.text,
+        task=arguments.task,
+        fusion={key: getattr(arguments, key) for key in ("width", "depth", "heads")} | {"kind": arguments.fusion},
+        answers=_read_answers(arguments.answers) if arguments.answers is not None else (),
+    )
+    save_model(model, arguments.out, standalone=arguments.standalone)
+    Console().table("Parameters", ("part", "all", "trained"), _sizes(model))
+    print(f"\nsaved to {arguments.out}; nothing in it is trained yet beyond the encoders")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run a recipe and print its tables."""
+    console = Console(quiet=arguments.quiet)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    metrics = Run(recipe=recipe, out=arguments.out, console=console).execute()
+    results, comparisons = result_table(metrics), comparison_table(metrics)
+    console.table(f"Results: {metrics['task']}, {metrics['split']} split, n = {metrics['n']}", results.header, results.rows)
+    console.table("Differences", comparisons.header, comparisons.rows)
+    _print_cost(console, arguments.out)
+    for line in metrics["verdicts"]:
+        console.say(line)
+    names = ("report.html", "arms.png", "metrics.json", "cost.json", "recipe.yaml", "environment.json")
+    console.say("\nWhere things are")
+    for name in names:
+        console.say(f"  {arguments.out / name}")
+    console.say(f"  {arguments.out}/ARM: the trained models, for cvlm.CVLM.from_pretrained and cvlm bench")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Run one phase of a recipe."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    seed = arguments.seed if arguments.seed is not None else recipe.seeds[0]
+    folder = Run(recipe=recipe, out=arguments.out, console=Console(arguments.quiet)).execute_phase(arguments.phase, seed)
+    print(f"saved to {folder}")
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Score a model and print its metrics."""
+    console = Console(quiet=arguments.quiet)
+    result = evaluate(
+        arguments.model,
+        data=arguments.data,
+        task=arguments.task,
+        split=arguments.split,
+        rerank=arguments.rerank,
+        progress=console.bar("frozen towers"),
+    )
+    rows = [
+        (name, f"{metric['mean']:.4f}", f"{metric['ci95'][0]:.4f} .. {metric['ci95'][1]:.4f}")
+        for name, metric in result["metrics"].items()
+    ]
+    console.table(f"{result['data']}, {result['split']} split, n = {result['n']}", ("metric", "value", "95 %"), rows)
+    if arguments.out is not None:
+        write_result(result, arguments.out)
+        console.say(f"\nwritten to {arguments.out}")
+
+
+def cost(arguments: argparse.Namespace) -> None:
+    """Print the ledger of a run."""
+    _print_cost(Console(), arguments.run)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Write a run's report again."""
+    print(write_report(arguments.run))
+
+
+def list(arguments: argparse.Namespace) -> None:
+    """Print a table of names."""
+    console = Console()
+    if arguments.what == "objectives":
+        rows = [
+            (name, ", ".join(sorted(kind().student_needs)) or "-", ", ".join(sorted(kind().teacher_needs)) or "-", kind.source)
+            for name, kind in OBJECTIVES.items()
+        ]
+        console.table("Objectives", ("name", "of the student", "of the teacher", "source"), rows)
+    elif arguments.what == "encoders":
+        rows3 = [("vision", name, scheme.example) for name, scheme in VISION_SCHEMES.items()]
+        rows3 += [("text", name, scheme.example) for name, scheme in TEXT_SCHEMES.items()]
+        console.table("Encoders", ("tower", "scheme", "example"), rows3)
+    else:
+        tables = {"fusions": dict.fromkeys(BLOCKS, ""), "teachers": TEACHERS, "tasks": TASKS, "formats": DATA_KINDS}
+        console.table(arguments.what.capitalize(), ("name", "what"), sorted(tables[arguments.what].items()))
+
+
+def _print_cost(console: Console, folder: Path) -> None:
+    ledger = read_json(folder, "cost.json")
+    phases, baselines = cost_table(ledger), baseline_table(ledger)
+    console.table("Cost", phases.header, phases.rows)
+    rows = [(row[0], *row[2:5]) for row in baselines.rows]
+    console.table("Beside published pretraining (sources and assumptions: report.html)", baselines.header[:1] + baselines.header[2:5], rows)
+    console.say()
+
+
+def _sizes(model: CVLM) -> "list[tuple[str, str, str]]":  # type: ignore[valid-type]
+    parts = {"vision encoder": model.vision, "text encoder": model.text, "fusion": model.fusion}
+    heads = (model.answer_head, model.embedding_head, model.matching_head)
+    rows = []
+    for name, modules in [*((n, (m,)) for n, m in parts.items()), ("heads", tuple(h for h in heads if h is not None)), ("total", (model,))]:
+        parameters = [p for module in modules for p in module.parameters()]
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        rows.append((name, f"{sum(p.numel() for p in parameters):,}", f"{trained:,}"))
+    return rows
+
+
+def _read_answers(path: Path) -> tuple[str, ...]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CvlmError(f"cannot read the answers {path}: {error}") from error
+    if not text.lstrip().startswith("["):
+        return tuple(line.strip() for line in text.splitlines() if line.strip())
+    try:
+        return tuple(str(answer) for answer in json.loads(text))
+    except ValueError as error:
+        raise CvlmError(f"{path} is not a JSON list: {error}") from error

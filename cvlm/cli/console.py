@@ -1,0 +1,78 @@
+"""What the command line shows: progress bars and tables, on standard error and standard output."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from tqdm import tqdm
+
+
+class Bar:
+    """A progress function `(done, total)` that draws a bar; silent until it is called."""
+
+    def __init__(self, title: str, quiet: bool) -> None:
+        self.title, self.done = title, 0
+        self._quiet, self._bar, self._seen_total = quiet, None, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` items are finished; a new series begins when the count falls."""
+        if self._bar is None or done <= self._bar.n:
+            self._bar = _tqdm(self.title, total, self._quiet, initial=0)
+        self.done += done - self._bar.n
+        self._bar.update(done - self._bar.n)
+        if done >= total:
+            self._bar.close()
+
+
+class Console:
+    """Progress and tables of one command.
+
+    Args:
+        quiet: show no progress bars.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+
+    def bar(self, title: str) -> Bar:
+        """Return a progress function for countable work."""
+        return Bar(title, self.quiet)
+
+    def steps(self, title: str) -> Callable[[int, int, float | None], None]:
+        """Return a progress function `(step, steps, loss)` for training."""
+        bar: tqdm | None = None  # type: ignore[type-arg]
+
+        def show(step: int, steps: int, loss: float | None) -> None:
+            nonlocal bar
+            bar = bar if bar is not None else _tqdm(title, steps, self.quiet, initial=step - 1)
+            if loss is not None:
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update(step - bar.n)
+            if step >= steps:
+                bar.close()
+
+        return show
+
+    def say(self, text: str = "") -> None:
+        """Print a line of results."""
+        print(text)
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table: the first column to the left, the others to the right."""
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+        def line(row: Sequence[str]) -> str:
+            cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+            return "  ".join(cells).rstrip()
+
+        self.say()
+        self.say(title)
+        self.say(line(header))
+        self.say("  ".join("-" * width for width in widths))
+        for row in rows:
+            self.say(line(row))
+
+
+def _tqdm(title: str, total: int, quiet: bool, initial: int) -> "tqdm":  # type: ignore[type-arg]
+    # Where nobody watches (a pipe, a log), one line every ten seconds instead of ten a second.
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(desc=title, total=total, initial=initial, disable=quiet, mininterval=interval, leave=True, ncols=100)

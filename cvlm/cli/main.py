@@ -1,0 +1,103 @@
+"""The command `cvlm`. Arguments are parsed without torch; a command imports what it needs when it runs."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from cvlm.errors import CvlmError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 for a mistake in what the user gave."""
+    arguments = _parser().parse_args(argv)
+    _quieten()
+    from cvlm.cli import commands
+    from distill.errors import DistillError
+
+    try:
+        getattr(commands, arguments.command)(arguments)
+    except (CvlmError, DistillError) as error:
+        print(f"cvlm {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"cvlm {arguments.command}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cvlm",
+        description="Stitch pretrained encoders into a task-specific vision-language model, distil a teacher into it, "
+        "and account what it cost.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    build = commands.add_parser("build", help="compose a model, save it, print its size table")
+    build.add_argument("--vision", required=True, help="vision encoder, such as timm:vit_base_patch16_224")
+    build.add_argument("--text", required=True, help="text encoder, such as hf:roberta-base")
+    build.add_argument("--task", required=True, help="vqa or retrieval")
+    build.add_argument("--out", required=True, type=Path, help="folder for the model")
+    build.add_argument("--fusion", default="co_attention", help="co_attention, merged, cross or none")
+    build.add_argument("--width", type=int, default=256, help="width of the fusion module")
+    build.add_argument("--depth", type=int, default=2, help="layers of the fusion module")
+    build.add_argument("--heads", type=int, default=4, help="attention heads")
+    build.add_argument("--answers", type=Path, help="answer vocabulary, one answer per line or a JSON list (vqa)")
+    build.add_argument("--seed", type=int, default=0, help="of the random initial weights")
+    build.add_argument("--standalone", action="store_true", help="store frozen encoders too, not only their names")
+
+    run = commands.add_parser("run", help="every phase of a recipe, evaluation, cost, report; resumes")
+    _add_recipe(run)
+    run.add_argument("--out", required=True, type=Path, help="run folder")
+    run.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    train = commands.add_parser("train", help="one phase of a recipe; under torchrun on several processes")
+    _add_recipe(train)
+    train.add_argument("--phase", required=True, help="a phase of the recipe, such as teacher, finetune or distill")
+    train.add_argument("--out", required=True, type=Path, help="run folder; earlier phases must stand in it")
+    train.add_argument("--seed", type=int, help="one of the recipe's seeds (default: the first)")
+    train.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    bench = commands.add_parser("bench", help="score a saved model")
+    bench.add_argument("model", help="model folder or hub name")
+    bench.add_argument("--data", required=True, help="a data kind such as easy_vqa, or a folder with test.jsonl")
+    bench.add_argument("--task", help="checked against the model's own")
+    bench.add_argument("--split", default="test", help="train or test")
+    bench.add_argument("--rerank", type=int, default=16, help="candidates that a matching head re-scores")
+    bench.add_argument("--out", type=Path, help="result file (JSON)")
+    bench.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    cost = commands.add_parser("cost", help="the cost ledger of a run beside published pretraining")
+    cost.add_argument("run", type=Path, help="run folder")
+
+    report = commands.add_parser("report", help="write report.html and arms.png of a run again")
+    report.add_argument("run", type=Path, help="run folder")
+
+    listing = commands.add_parser("list", help="what there is to choose from")
+    listing.add_argument("what", choices=("encoders", "fusions", "objectives", "teachers", "tasks", "formats"))
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="recipe file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
+
+
+def _quieten() -> None:
+    """Keep libraries from printing over the progress bars; set CVLM_LOG=INFO to hear them."""
+    level = os.environ.get("CVLM_LOG", "ERROR").upper()
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", level.lower())
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.getLevelName(level))
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if level == "ERROR":
+        warnings.filterwarnings("ignore")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

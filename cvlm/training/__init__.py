@@ -1,0 +1,25 @@
+"""Where student, teacher signal and data meet."""
+
+from cvlm.training.inputs import ModelInputs, model_inputs
+from cvlm.training.phase import PhaseJob, requests, train_phase
+from cvlm.training.predict import Prediction, predict
+from cvlm.training.target import BuiltTargets, LiveTarget, StoredTarget, TargetSource, store_targets, teacher_inputs
+from cvlm.training.teacher import CvlmTeacher, load_cvlm_teacher
+
+__all__ = [
+    "BuiltTargets",
+    "CvlmTeacher",
+    "LiveTarget",
+    "ModelInputs",
+    "PhaseJob",
+    "Prediction",
+    "StoredTarget",
+    "TargetSource",
+    "load_cvlm_teacher",
+    "model_inputs",
+    "predict",
+    "requests",
+    "store_targets",
+    "teacher_inputs",
+    "train_phase",
+]
