@@ -151,7 +151,7 @@ def distill(
         store = Path(features) if features is not None else Path(scratch) / "features"
         target = None
         if teacher is not None:
-            target = LiveTarget(teacher=teacher, examples=data, inputs=teacher_inputs(teacher, data, store, None))
+            target = LiveTarget(teacher=teacher, examples=data, inputs=teacher_inputs(teacher, data, store))
         job = PhaseJob(
             student=model,
             phase=spec,

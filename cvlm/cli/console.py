@@ -6,23 +6,6 @@ from collections.abc import Callable, Sequence
 from tqdm import tqdm
 
 
-class Bar:
-    """A progress function `(done, total)` that draws a bar; silent until it is called."""
-
-    def __init__(self, title: str, quiet: bool) -> None:
-        self.title, self.done = title, 0
-        self._quiet, self._bar, self._seen_total = quiet, None, 0
-
-    def __call__(self, done: int, total: int) -> None:
-        """Show that `done` of `total` items are finished; a new series begins when the count falls."""
-        if self._bar is None or done <= self._bar.n:
-            self._bar = _tqdm(self.title, total, self._quiet, initial=0)
-        self.done += done - self._bar.n
-        self._bar.update(done - self._bar.n)
-        if done >= total:
-            self._bar.close()
-
-
 class Console:
     """Progress and tables of one command.
 
@@ -33,9 +16,19 @@ class Console:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
 
-    def bar(self, title: str) -> Bar:
-        """Return a progress function for countable work."""
-        return Bar(title, self.quiet)
+    def bar(self, title: str) -> Callable[[int, int], None]:
+        """Return a progress function `(done, total)`; when the count falls, a new series has begun."""
+        bar: tqdm | None = None  # type: ignore[type-arg]
+
+        def show(done: int, total: int) -> None:
+            nonlocal bar
+            if bar is None or done <= bar.n:
+                bar = _tqdm(title, total, self.quiet)
+            bar.update(done - bar.n)
+            if done >= total:
+                bar.close()
+
+        return show
 
     def steps(self, title: str) -> Callable[[int, int, float | None], None]:
         """Return a progress function `(step, steps, loss)` for training."""
@@ -72,7 +65,7 @@ class Console:
             self.say(line(row))
 
 
-def _tqdm(title: str, total: int, quiet: bool, initial: int) -> "tqdm":  # type: ignore[type-arg]
+def _tqdm(title: str, total: int, quiet: bool, initial: int = 0) -> "tqdm":  # type: ignore[type-arg]
     # Where nobody watches (a pipe, a log), one line every ten seconds instead of ten a second.
     interval = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(desc=title, total=total, initial=initial, disable=quiet, mininterval=interval, leave=True, ncols=100)

@@ -167,7 +167,7 @@ class Run:
         """The teacher's signal for the training pairs: stored where every objective allows it."""
         train = self.data.train
         store = self.out / "features"
-        inputs = teacher_inputs(self.teacher, train, store, self.console.bar("teacher towers, train split"))
+        inputs = teacher_inputs(self.teacher, train, store, device=self.device, progress=self.console.bar("teacher towers"))
         live = LiveTarget(teacher=self.teacher, examples=train, inputs=inputs, device=self.device)
         request = self._teacher_request(live)
         if not request.fields <= STORABLE:
@@ -208,11 +208,10 @@ class Run:
 
     def _inputs(self, model: CVLM, examples: Examples) -> ModelInputs:
         """Stored tower outputs of a model over a split, booked under `encode` when they are made."""
-        bar = self.console.bar(f"frozen towers, {examples.split} split")
+        store, bar = self.out / "features", self.console.bar(f"frozen towers, {examples.split} split")
         with PhaseMeter(device=self.device) as meter:
-            inputs = model_inputs(model, examples, self.out / "features", device=self.device, progress=bar)
-            meter.add(samples=bar.done, flops=0)
-        if bar.done:
+            inputs = model_inputs(model, examples, store, device=self.device, progress=bar, meter=meter)
+        if meter.cost.samples:
             self._book("encode", f"{model.spec.vision.name} {examples.split}", meter.cost)
         return inputs
 

@@ -30,6 +30,7 @@ class StoredTokens:
         spans: `[n, length, 2]` for texts, None for pictures.
         image_layout: for pictures, None for texts.
         key: fingerprint of encoder and items.
+        encoded: how many items the call that returned this had to encode; 0 when all were stored before.
     """
 
     tokens: NDArray[np.float32]
@@ -38,6 +39,7 @@ class StoredTokens:
     spans: NDArray[np.int64] | None
     image_layout: ImageLayout | None
     key: str
+    encoded: int = 0
 
     def take(self, index: NDArray[np.int64]) -> EncoderOutput:
         """Return the outputs of some items; padding that none of them needs is cut off."""
@@ -76,6 +78,7 @@ def encode_once(
     """
     key = _key(encoder, items)
     store = ArrayStore(folder / key[:24], len(items))
+    missing = 0 if store.complete else len(items) - store.done
     if not store.complete:
         _encode(encoder, items, store, device, batch_size, progress)
     arrays, meta = store.read()
@@ -86,6 +89,7 @@ def encode_once(
         spans=arrays.get("spans"),
         image_layout=ImageLayout(grid=tuple(meta["grid"]), special=meta["special"]) if meta else None,
         key=key,
+        encoded=missing,
     )
 
 

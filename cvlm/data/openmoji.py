@@ -120,6 +120,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _drawable(character: str) -> bool:
-    """Whether the font has the character; without a shaping engine, only single code points are sure to be one glyph."""
-    visible = character.replace("\ufe0f", "")
-    return len(visible) == 1 and bool(_font(32).getmask(visible).getbbox())
+    """Whether the font draws the sequence as one emoji: flags and joined figures are single glyphs, or left out.
+
+    A missing character is as wide as the font's empty box, an unjoined sequence as wide as several emoji.
+    """
+    font = _font(32)
+    return abs(font.getlength(character) - font.getlength("\N{GRINNING FACE}")) < 0.5

@@ -29,7 +29,7 @@ class Tower(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set train mode, except for frozen parts: they stay in eval, so that their BatchNorm and dropout do too."""
         super().train(mode)
-        pass
+        keep_frozen_in_eval(self)
         return self
 
     def layers(self) -> list[list[str]]:

@@ -1,5 +1,6 @@
 """From pair indices to model inputs: stored encoder outputs where a tower is frozen, live preprocessing elsewhere."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from cvlm.cost import PhaseMeter, count_flops
 from cvlm.data import Examples, StoredTokens, encode_once
 from cvlm.data.features import Progress
 from cvlm.encoders import EncoderOutput, is_frozen
@@ -58,7 +60,13 @@ class ModelInputs:
 
 
 def model_inputs(
-    model: CVLM, examples: Examples, store: Path | None, *, device: str = "cpu", progress: Progress | None = None
+    model: CVLM,
+    examples: Examples,
+    store: Path | None,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    meter: PhaseMeter | None = None,
 ) -> ModelInputs:
     """Store what frozen towers say about a split, and return how to feed the model.
 
@@ -68,14 +76,30 @@ def model_inputs(
         store: folder of the stored outputs; None stores nothing and runs every tower live.
         device: where towers run.
         progress: called with (done, total).
+        meter: told about the towers' work, as far as it was not stored before.
     """
-    image: StoredTokens | nn.Module = model.vision
-    text: StoredTokens | nn.Module = model.text
-    if store is not None and is_frozen(model.vision):
-        image = encode_once(model.vision, examples.pictures, store, device=device, progress=progress)
-    if store is not None and is_frozen(model.text):
-        text = encode_once(model.text, examples.texts, store, device=device, progress=progress)
-    return ModelInputs(examples=examples, image=image, text=text)
+
+    def source(encoder: nn.Module, items: Sequence[Any]) -> StoredTokens | nn.Module:
+        if store is None or not is_frozen(encoder):
+            return encoder
+        stored = encode_once(encoder, items, store, device=device, progress=progress)
+        if meter is not None and stored.encoded:
+            meter.add(flops=_flops_of_one(encoder, items[0], device) * stored.encoded, samples=stored.encoded)
+        return stored
+
+    return ModelInputs(
+        examples=examples,
+        image=source(model.vision, examples.pictures),
+        text=source(model.text, examples.texts),
+    )
+
+
+def _flops_of_one(encoder: nn.Module, item: Any, device: str) -> int:
+    """Count one forward pass; texts of other lengths cost a little more or less."""
+    loaded = item if isinstance(item, str) else item.load()
+    prepared = move(dict(encoder.prepare([loaded])), device)  # type: ignore[operator]
+    with torch.no_grad():
+        return count_flops(lambda: encoder(**prepared))
 
 
 def move(value: Any, device: torch.device | str) -> Any:

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cvlm.config import EngineSpec, PhaseSpec
@@ -141,7 +143,11 @@ def _fit(
             dataset=IndexDataset(job.index),
             collate=lambda positions: collate(job, positions, teacher_request),
             teacher_signal=None if target is None else lambda batch: target.signal(batch, teacher_request),
-            callbacks=[StepProgress(report), ResumeMarks(lambda: meter.cost.to_json())],
+            callbacks=[
+                StepProgress(report),
+                ResumeMarks(lambda: meter.cost.to_json()),
+                TensorBoardCallback(SummaryWriter(str(job.folder / "tensorboard"))),
+            ],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
@@ -220,7 +226,7 @@ def _arguments(job: PhaseJob) -> TrainingArguments:
         dataloader_drop_last=True,
         remove_unused_columns=False,
         label_names=[],
-        report_to=["tensorboard"],
+        report_to=[],
         disable_tqdm=True,
         log_level="error",
     )

@@ -152,6 +152,6 @@ def _fingerprint(live: LiveTarget, request: Request) -> str:
     return sha256(f"{live.teacher.fingerprint}|{live.examples.fingerprint}|{asked}".encode()).hexdigest()
 
 
-def teacher_inputs(teacher: Teacher, examples: Examples, store: Path, progress: Progress | None) -> ModelInputs | None:
-    """Store the tower outputs of a CVLM teacher; None for teachers that preprocess live."""
-    return model_inputs(teacher.model, examples, store, progress=progress) if isinstance(teacher, CvlmTeacher) else None
+def teacher_inputs(teacher: Teacher, examples: Examples, store: Path, **settings: Any) -> ModelInputs | None:
+    """Store the tower outputs of a CVLM teacher, see `model_inputs`; None for teachers that preprocess live."""
+    return model_inputs(teacher.model, examples, store, **settings) if isinstance(teacher, CvlmTeacher) else None

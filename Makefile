@@ -1,0 +1,37 @@
+# `make demo` and `make test` do all the set-up on a fresh machine; the rest is for developers.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Two torch processes with several threads each slow each other down many times over.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo retrieval test test-all check clean
+
+demo: $(VENV)/.demo
+	$(BIN)/cvlm run configs/quickstart/vqa.yaml --out runs/quickstart
+
+retrieval: $(VENV)/.demo
+	$(BIN)/cvlm run configs/quickstart/retrieval.yaml --out runs/retrieval
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
