@@ -24,7 +24,8 @@ def metrics_json(task: str, split: str, arms: Mapping[str, Sequence[Scores]], pa
     first = next(iter(arms.values()))[0]
     comparisons, verdicts = {}, []
     for arm, reference in pairs:
-        difference = paired_difference(_stack(arms[arm], primary), _stack(arms[reference], primary), first.clusters[primary])
+        ours, theirs = _stack(arms[arm], primary), _stack(arms[reference], primary)
+        difference = paired_difference(ours, theirs, first.clusters[primary])
         comparisons[f"{arm}_vs_{reference}"] = {"metric": primary, **difference.as_json()}
         verdicts.append(verdict(difference, (arm, reference), primary))
     return {

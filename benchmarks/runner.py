@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from benchmarks.statistics import arm_summary
@@ -62,6 +63,7 @@ def evaluate(
     if task is not None and task != model.task:
         raise CvlmError(f"the model {name} was built for task {model.task!r}, not {task!r}")
     examples = data if isinstance(data, Examples) else _load_split(data, model.task, split)
+    _check_scorable(model.task, examples)
     if model.task == "vqa" and examples.answers != model.answers:
         raise CvlmError(
             f"the model {name} answers over {len(model.answers)} answers, the data {examples.name} over "
@@ -82,6 +84,16 @@ def evaluate(
     }
 
 
+def _check_scorable(task: str, examples: Examples) -> None:
+    hidden = len(examples) - len(examples.labelled)
+    if task == "vqa" and hidden:
+        raise CvlmError(
+            f"{hidden} of {len(examples)} questions of {examples.name} ({examples.split}) have no answer to score"
+        )
+    if len(np.unique(examples.image_of)) < 2:
+        raise CvlmError(f"{examples.name} ({examples.split}) shows one picture; a score needs at least 2")
+
+
 def _metrics(scores: Scores) -> dict[str, Any]:
     return {
         name: {"definition": METRIC_DEFINITIONS[name], **arm_summary(values[None], scores.clusters[name])}
@@ -90,6 +102,8 @@ def _metrics(scores: Scores) -> dict[str, Any]:
 
 
 def _load_split(data: str | Path | dict[str, Any], task: str, split: str) -> Examples:
+    if split not in ("train", "test"):
+        raise CvlmError(f"split is {split!r}; use train or test")
     if isinstance(data, dict):
         raw = data
     elif Path(data).is_dir():
@@ -101,11 +115,9 @@ def _load_split(data: str | Path | dict[str, Any], task: str, split: str) -> Exa
     except ValidationError as error:
         raise CvlmError(
             f"data {data!r} is neither a folder with train.jsonl and test.jsonl nor a data kind: "
-            + "; ".join(item["msg"] for item in error.errors())
+            + "; ".join(".".join(map(str, item["loc"][1:])) + ": " + item["msg"] for item in error.errors())
         ) from error
     splits = load_data(spec, task)
-    if split not in ("train", "test"):
-        raise CvlmError(f"split is {split!r}; use train or test")
     return splits.train if split == "train" else splits.test
 
 

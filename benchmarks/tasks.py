@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class Scores:
 
     def save(self, path: Path) -> None:
         """Write atomically, without pickle."""
-        arrays = {f"value/{name}": array for name, array in self.values.items()}
+        arrays: dict[str, NDArray[Any]] = {f"value/{name}": array for name, array in self.values.items()}
         arrays |= {f"cluster/{name}": array for name, array in self.clusters.items()}
         part = path.with_suffix(".part")
         with part.open("wb") as file:
@@ -57,7 +58,7 @@ def score(task: str, examples: Examples, prediction: Prediction) -> Scores:
     the split; where a matching head re-ranked candidates, those stand above all others, by match score.
     """
     if task == "vqa":
-        assert prediction.logits is not None
+        assert prediction.logits is not None, "a vqa model gives logits"
         correct = (prediction.logits.argmax(-1) == examples.labels).astype(np.float64)
         return Scores(values={"accuracy": correct}, clusters={"accuracy": examples.image_of})
     return _score_retrieval(examples, prediction)
@@ -75,13 +76,12 @@ def majority(train: Examples, test: Examples) -> Scores:
         per_text.setdefault(train.texts[text], Counter())[int(label)] += 1
     best = {text: counts.most_common(1)[0][0] for text, counts in per_text.items()}
     guess = np.array([best.get(test.texts[text], overall) for text in test.text_of])
-    return Scores(
-        values={"accuracy": (guess == test.labels).astype(np.float64)}, clusters={"accuracy": test.image_of}
-    )
+    return Scores(values={"accuracy": (guess == test.labels).astype(np.float64)}, clusters={"accuracy": test.image_of})
 
 
 def _score_retrieval(examples: Examples, prediction: Prediction) -> Scores:
-    assert prediction.images is not None and prediction.texts is not None
+    if prediction.images is None or prediction.texts is None:
+        raise ValueError("retrieval is scored from embeddings, and the prediction has none")
     text_to_image = np.empty(len(examples.texts), dtype=np.int64)
     text_to_image[examples.text_of] = examples.image_of
     ranks: RetrievalRanks

@@ -87,9 +87,9 @@ def load_teacher(name: str | Path | CVLM | Teacher, *, kind: str | None = None, 
     """
     if isinstance(name, CVLM) or (kind in (None, "cvlm") and isinstance(name, str | Path)):
         return load_cvlm_teacher(name)
-    if kind is None:
-        return load_other_teacher(name)
-    return load_other_teacher(kind, name=name, **settings)
+    if kind is not None:
+        return load_other_teacher(kind, name=name, **settings)
+    return load_other_teacher(name)  # type: ignore[arg-type]  # a ready teacher: paths were taken care of above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def distill(
     out: str | Path | None = None,
     features: str | Path | None = None,
     seed: int = 0,
-    engine: EngineSpec = EngineSpec(),
+    engine: EngineSpec | None = None,
     report: Callable[[int, int, float | None], None] | None = None,
     **phase: Any,
 ) -> DistillResult:
@@ -139,8 +139,8 @@ def distill(
         DistillError: an objective needs what a side cannot give; raised before the first step.
     """
     terms = [_objective(objective) for objective in objectives]
-    teacher = CvlmTeacher(teacher) if isinstance(teacher, CVLM) else teacher
-    check_teacher(model, teacher, terms)
+    source: Teacher | None = CvlmTeacher(teacher) if isinstance(teacher, CVLM) else teacher
+    check_teacher(model, source, terms)
     specs = tuple(ObjectiveSpec(kind=term.kind, weight=term.weight) for term in terms)
     try:
         spec = PhaseSpec(**{"pairs": "all", **phase}, objectives=specs)
@@ -150,15 +150,15 @@ def distill(
     with TemporaryDirectory() as scratch:
         store = Path(features) if features is not None else Path(scratch) / "features"
         target = None
-        if teacher is not None:
-            target = LiveTarget(teacher=teacher, examples=data, inputs=teacher_inputs(teacher, data, store))
+        if source is not None:
+            target = LiveTarget(teacher=source, examples=data, inputs=teacher_inputs(source, data, store))
         job = PhaseJob(
             student=model,
             phase=spec,
             objectives=terms,
             inputs=model_inputs(model, data, store),
             target=target,
-            engine=engine,
+            engine=engine or EngineSpec(),
             seed=seed,
             folder=Path(out) if out is not None else Path(scratch) / "phase",
             report=report,
@@ -176,12 +176,12 @@ def check_teacher(model: CVLM, teacher: Teacher | None, objectives: Sequence[Obj
     fields = teacher.fields if teacher is not None else frozenset()
     check_requirements(objectives, model.fields, fields, teacher.name if teacher is not None else "(none)")
     answers = getattr(teacher, "answers", None)
-    if any("logits" in objective.teacher_needs for objective in objectives) and answers is not None:
-        if tuple(answers) != model.answers:
-            raise DistillError(
-                f"the teacher {teacher.name if teacher else ''} answers over {len(answers)} answers and the student "
-                f"over {len(model.answers)}, or in another order; give both the same vocabulary"
-            )
+    wants_logits = any("logits" in objective.teacher_needs for objective in objectives)
+    if wants_logits and teacher is not None and answers is not None and tuple(answers) != model.answers:
+        raise DistillError(
+            f"the teacher {teacher.name} answers over {len(answers)} answers and the student over "
+            f"{len(model.answers)}, or in another order; give both the same vocabulary"
+        )
 
 
 def _objective(value: str | Mapping[str, Any] | Objective) -> Objective:

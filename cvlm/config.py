@@ -6,19 +6,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator, model_validator
 
 from cvlm.errors import CvlmError
 
 Task = Literal["vqa", "retrieval"]
 FusionKind = Literal["co_attention", "merged", "cross", "none"]
 TRAIN_MODE = re.compile(r"frozen|full|last_[1-9][0-9]*")
+RESERVED_PHASES: dict[str, str] = {
+    "majority": "the baseline",
+    "encode": "the cost of the frozen towers",
+    "evaluate": "the cost of scoring",
+    "features": "a folder of stored outputs",
+    "targets": "a folder of stored targets",
+}
 
 
 class Strict(BaseModel):
-    """A specification: unknown keys are refused, values never change."""
+    """A specification: unknown keys and infinite numbers are refused, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class EncoderSpec(Strict):
@@ -167,7 +174,7 @@ DataSpec = Annotated[EasyVqaData | OpenMojiData | JsonLinesData, Field(discrimin
 class ObjectiveSpec(Strict):
     """One term of a loss: `labels`, or `{kind: logits, weight: 1.0, temperature: 2.0}`; see `distill.OBJECTIVES`."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     kind: str
     weight: float = Field(default=1.0, ge=0)
@@ -189,7 +196,7 @@ class PhaseSpec(Strict):
     Attributes:
         objectives: the terms of the loss.
         pairs: `labelled` trains on the labelled pairs, `all` also on those without a label.
-        start: the phase whose weights to begin with, None for a fresh student.
+        start: the phase whose weights to begin with; None as `Recipe.start_of` says.
         learning_rate: peak of the schedule, after `warmup` (a share of all steps).
     """
 
@@ -226,7 +233,7 @@ class Recipe(Strict):
     student: StudentSpec
     teacher: TeacherSpec | None = None
     phases: dict[str, PhaseSpec]
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    seeds: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1)
     engine: EngineSpec = EngineSpec()
 
     @property
@@ -246,15 +253,18 @@ class Recipe(Strict):
         problems = []
         if not self.student_arms:
             problems.append("phases holds no student phase; add finetune")
-        if "majority" in self.phases:
-            problems.append("'majority' names the baseline; call the phase something else")
-        seen: set[str] = set()
+        seen: list[str] = []
         for name, phase in self.phases.items():
             if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
                 problems.append(f"phase name {name!r} must be lower-case letters, digits and _")
-            if phase.start is not None and phase.start not in seen:
-                problems.append(f"phase {name!r} starts from {phase.start!r}, which is no earlier phase")
-            seen.add(name)
+            if name in RESERVED_PHASES:
+                problems.append(f"{name!r} names {RESERVED_PHASES[name]}; call the phase something else")
+            start = phase.start if name == "teacher" else self.start_of(name)
+            if start is not None and (name == "teacher" or start not in seen):
+                known = ", ".join(seen) if seen and name != "teacher" else "none"
+                problems.append(f"phase {name!r} starts from {start!r}, which is no earlier student phase ({known})")
+            if name != "teacher":
+                seen.append(name)
         if "teacher" in self.phases and not isinstance(self.teacher, CvlmTeacherSpec):
             problems.append("phase 'teacher' trains a teacher of kind cvlm, and the recipe has none")
         if isinstance(self.teacher, CvlmTeacherSpec) and "teacher" not in self.phases:
@@ -273,7 +283,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         CvlmError: the file is missing or not YAML, or any key or value is wrong; the text lists every problem.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:
         raise CvlmError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -283,6 +293,17 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _apply_override(raw, override)
     return parse_recipe(raw, source=str(path))
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice: YAML would keep the last one and drop the other in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
@@ -322,7 +343,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 def _step(target: Any, part: str, override: str) -> Any:
     """Return the key or list index that `part` means in `target`."""
     if isinstance(target, list):
-        if not part.isdigit() or int(part) >= len(target):
+        if not part.isdecimal() or int(part) >= len(target):
             raise CvlmError(f"override {override!r}: {part!r} is no index into a list of {len(target)}")
         return int(part)
     if not isinstance(target, dict):
@@ -332,7 +353,9 @@ def _step(target: Any, part: str, override: str) -> Any:
 
 def _explain(item: Any) -> str:
     """Turn one pydantic error into `place: reason`, with the nearest known key where one was misspelt."""
-    place = ".".join(str(part) for part in item["loc"] if part not in ("cvlm", "saved"))
+    # Behind data and teacher pydantic adds the kind, which is no key of the file.
+    tagged = item["loc"][:1] in (("data",), ("teacher",))
+    place = ".".join(str(part) for i, part in enumerate(item["loc"]) if not (tagged and i == 1))
     if item["type"] == "extra_forbidden":
         close = get_close_matches(str(item["loc"][-1]), _all_keys(), n=1, cutoff=0.6)
         hint = f"; did you mean {close[0]!r}?" if close else ""

@@ -19,9 +19,7 @@ from distill.layout import ImageLayout, TextLayout
 from distill.signal import Signal
 from distill.store import ArrayStore
 
-STORABLE = frozenset(
-    {"logits", "pooled", "text_to_image", "image_to_text", "hidden", "text_layout", "image_layout"}
-)
+STORABLE = frozenset({"logits", "pooled", "text_to_image", "image_to_text", "hidden", "text_layout", "image_layout"})
 """Fields that belong to one pair alone; `similarity` depends on the batch and needs the teacher itself."""
 
 PER_LAYER = ("text_to_image", "image_to_text", "hidden")

@@ -2,15 +2,17 @@
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
 
 from benchmarks.runner import evaluate, write_result
 from cvlm.api import build as build_model
 from cvlm.cli.console import Console
-from cvlm.cli.run import Run
+from cvlm.cli.run import RANK, Run
 from cvlm.config import load_recipe
 from cvlm.data import DATA_KINDS
 from cvlm.encoders import TEXT_SCHEMES, VISION_SCHEMES
@@ -35,7 +37,7 @@ def build(arguments: argparse.Namespace) -> None:
         answers=_read_answers(arguments.answers) if arguments.answers is not None else (),
     )
     save_model(model, arguments.out, standalone=arguments.standalone)
-    Console().table("Parameters", ("part", "all", "trained"), _sizes(model))
+    Console().table("Parameters", ("part", "all", "trained"), _size_rows(model))
     print(f"\nsaved to {arguments.out}; nothing in it is trained yet beyond the encoders")
 
 
@@ -45,7 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     metrics = Run(recipe=recipe, out=arguments.out, console=console).execute()
     results, comparisons = result_table(metrics), comparison_table(metrics)
-    console.table(f"Results: {metrics['task']}, {metrics['split']} split, n = {metrics['n']}", results.header, results.rows)
+    title = f"Results: {metrics['task']}, {metrics['split']} split, n = {metrics['n']}"
+    console.table(title, results.header, results.rows)
     console.table("Differences", comparisons.header, comparisons.rows)
     _print_cost(console, arguments.out)
     for line in metrics["verdicts"]:
@@ -61,8 +64,10 @@ def train(arguments: argparse.Namespace) -> None:
     """Run one phase of a recipe."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     seed = arguments.seed if arguments.seed is not None else recipe.seeds[0]
-    folder = Run(recipe=recipe, out=arguments.out, console=Console(arguments.quiet)).execute_phase(arguments.phase, seed)
-    print(f"saved to {folder}")
+    experiment = Run(recipe=recipe, out=arguments.out, console=Console(arguments.quiet))
+    folder = experiment.execute_phase(arguments.phase, seed)
+    if RANK == 0:
+        print(f"saved to {folder}")
 
 
 def bench(arguments: argparse.Namespace) -> None:
@@ -96,15 +101,11 @@ def report(arguments: argparse.Namespace) -> None:
     print(write_report(arguments.run))
 
 
-def list(arguments: argparse.Namespace) -> None:
+def show_list(arguments: argparse.Namespace) -> None:
     """Print a table of names."""
     console = Console()
     if arguments.what == "objectives":
-        rows = [
-            (name, ", ".join(sorted(kind().student_needs)) or "-", ", ".join(sorted(kind().teacher_needs)) or "-", kind.source)
-            for name, kind in OBJECTIVES.items()
-        ]
-        console.table("Objectives", ("name", "of the student", "of the teacher", "source"), rows)
+        console.table("Objectives", ("name", "of the student", "of the teacher", "source"), _objective_rows())
     elif arguments.what == "encoders":
         rows3 = [("vision", name, scheme.example) for name, scheme in VISION_SCHEMES.items()]
         rows3 += [("text", name, scheme.example) for name, scheme in TEXT_SCHEMES.items()]
@@ -119,18 +120,28 @@ def _print_cost(console: Console, folder: Path) -> None:
     phases, baselines = cost_table(ledger), baseline_table(ledger)
     console.table("Cost", phases.header, phases.rows)
     rows = [(row[0], *row[2:5]) for row in baselines.rows]
-    console.table("Beside published pretraining (sources and assumptions: report.html)", baselines.header[:1] + baselines.header[2:5], rows)
+    title = "Beside published pretraining (sources and assumptions: report.html)"
+    console.table(title, (baselines.header[0], *baselines.header[2:5]), rows)
     console.say()
 
 
-def _sizes(model: CVLM) -> "list[tuple[str, str, str]]":  # type: ignore[valid-type]
-    parts = {"vision encoder": model.vision, "text encoder": model.text, "fusion": model.fusion}
-    heads = (model.answer_head, model.embedding_head, model.matching_head)
+def _objective_rows() -> Sequence[tuple[str, ...]]:
     rows = []
-    for name, modules in [*((n, (m,)) for n, m in parts.items()), ("heads", tuple(h for h in heads if h is not None)), ("total", (model,))]:
-        parameters = [p for module in modules for p in module.parameters()]
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        rows.append((name, f"{sum(p.numel() for p in parameters):,}", f"{trained:,}"))
+    for name, kind in OBJECTIVES.items():
+        example = kind()
+        needs = (", ".join(sorted(side)) or "-" for side in (example.student_needs, example.teacher_needs))
+        rows.append((name, *needs, kind.source))
+    return rows
+
+
+def _size_rows(model: CVLM) -> Sequence[tuple[str, ...]]:
+    heads = nn.ModuleList(h for h in (model.answer_head, model.embedding_head, model.matching_head) if h is not None)
+    parts = {"vision encoder": model.vision, "text encoder": model.text, "fusion": model.fusion, "heads": heads}
+    rows = []
+    for name, part in {**parts, "total": model}.items():
+        everything = sum(parameter.numel() for parameter in part.parameters())
+        trained = sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad)
+        rows.append((name, f"{everything:,}", f"{trained:,}"))
     return rows
 
 
@@ -145,3 +156,14 @@ def _read_answers(path: Path) -> tuple[str, ...]:
         return tuple(str(answer) for answer in json.loads(text))
     except ValueError as error:
         raise CvlmError(f"{path} is not a JSON list: {error}") from error
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "build": build,
+    "run": run,
+    "train": train,
+    "bench": bench,
+    "cost": cost,
+    "report": report,
+    "list": show_list,
+}

@@ -18,7 +18,7 @@ class Console:
 
     def bar(self, title: str) -> Callable[[int, int], None]:
         """Return a progress function `(done, total)`; when the count falls, a new series has begun."""
-        bar: tqdm | None = None  # type: ignore[type-arg]
+        bar: tqdm | None = None
 
         def show(done: int, total: int) -> None:
             nonlocal bar
@@ -32,7 +32,7 @@ class Console:
 
     def steps(self, title: str) -> Callable[[int, int, float | None], None]:
         """Return a progress function `(step, steps, loss)` for training."""
-        bar: tqdm | None = None  # type: ignore[type-arg]
+        bar: tqdm | None = None
 
         def show(step: int, steps: int, loss: float | None) -> None:
             nonlocal bar
@@ -54,8 +54,8 @@ class Console:
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
         def line(row: Sequence[str]) -> str:
-            cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-            return "  ".join(cells).rstrip()
+            first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            return "  ".join([row[0].ljust(len(first)), *others]).rstrip()
 
         self.say()
         self.say(title)
@@ -65,7 +65,7 @@ class Console:
             self.say(line(row))
 
 
-def _tqdm(title: str, total: int, quiet: bool, initial: int = 0) -> "tqdm":  # type: ignore[type-arg]
+def _tqdm(title: str, total: int, quiet: bool, initial: int = 0) -> "tqdm":
     # Where nobody watches (a pipe, a log), one line every ten seconds instead of ten a second.
     interval = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(desc=title, total=total, initial=initial, disable=quiet, mininterval=interval, leave=True, ncols=100)

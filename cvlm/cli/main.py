@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from distill.errors import DistillError
 
     try:
-        getattr(commands, arguments.command)(arguments)
+        commands.COMMANDS[arguments.command](arguments)
     except (CvlmError, DistillError) as error:
         print(f"cvlm {arguments.command}: {error}", file=sys.stderr)
         return 2

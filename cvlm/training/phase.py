@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class PhaseJob:
     objectives: Sequence[Objective]
     inputs: ModelInputs
     target: TargetSource | None = None
-    engine: EngineSpec = EngineSpec()
+    engine: EngineSpec = field(default_factory=EngineSpec)
     seed: int = 0
     folder: Path
     report: Report | None = None

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cvlm.cost import count_flops
 from cvlm.model import CVLM
-from cvlm.training.inputs import ModelInputs, move
-from distill import Request
+from cvlm.training.inputs import Indices, ModelInputs, move
+from distill import Signal
 
 Progress = Callable[[int, int], None]
 
@@ -62,68 +62,62 @@ def predict(
 
 
 def _answer(model: CVLM, inputs: ModelInputs, batch_size: int, device: str, progress: Progress | None) -> Prediction:
-    total, flops = len(inputs.examples), 0.0
-    logits = []
-    for start in range(0, total, batch_size):
-        index = np.arange(start, min(start + batch_size, total))
+    def logits(index: Indices) -> Tensor:
         batch = move(inputs.pairs(index), device)
-        if not flops:
-            flops = count_flops(lambda: model(batch["image"], batch["text"], request=Request())) / len(index)
-        logits.append(model(batch["image"], batch["text"], request=Request()).logits.float().cpu().numpy())
-        if progress is not None:
-            progress(start + len(index), total)
-    return Prediction(logits=np.concatenate(logits), flops=round(flops * total))
+        signal: Signal = model(batch["image"], batch["text"])
+        assert signal.logits is not None, "a vqa model gives logits"
+        return signal.logits
+
+    found, flops = _batched(logits, np.arange(len(inputs.examples)), batch_size, progress)
+    return Prediction(logits=found.numpy(), flops=flops)
 
 
 def _embed_and_rerank(
     model: CVLM, inputs: ModelInputs, rerank: int, batch_size: int, device: str, progress: Progress | None
 ) -> Prediction:
     examples = inputs.examples
-    images, image_flops = _embed(model.embed_images, inputs.images, len(examples.pictures), batch_size, device)
-    texts, text_flops = _embed(model.embed_texts, inputs.texts, len(examples.texts), batch_size, device)
-    flops = image_flops + text_flops
-    scores = None
-    if model.matching_head is not None and rerank > 0:
-        scores, match_flops = _rerank(model, inputs, images @ texts.T, rerank, batch_size, device, progress)
-        flops += match_flops
-    return Prediction(images=images, texts=texts, rerank=scores, flops=flops)
+
+    def embed_images(index: Indices) -> Tensor:
+        return model.embed_images(move(inputs.images(index), device))
+
+    def embed_texts(index: Indices) -> Tensor:
+        return model.embed_texts(move(inputs.texts(index), device))
+
+    images, image_flops = _batched(embed_images, np.arange(len(examples.pictures)), batch_size, None)
+    texts, text_flops = _batched(embed_texts, np.arange(len(examples.texts)), batch_size, None)
+    if model.matching_head is None or rerank < 1:
+        return Prediction(images=images, texts=texts, flops=image_flops + text_flops)
+
+    pairs = np.stack(_candidates(images @ texts.T, rerank))
+
+    def match(index: Indices) -> Tensor:
+        rows, columns = pairs[:, index]
+        return model.match(move(inputs.images(rows), device), move(inputs.texts(columns), device))
+
+    found, match_flops = _batched(match, np.arange(pairs.shape[1]), batch_size, progress)
+    scores = torch.full((len(images), len(texts)), -torch.inf)
+    scores[pairs[0], pairs[1]] = found
+    return Prediction(images=images, texts=texts, rerank=scores, flops=image_flops + text_flops + match_flops)
 
 
-def _embed(
-    embed: Callable[..., Tensor], fetch: Callable[..., object], total: int, batch_size: int, device: str
+def _batched(
+    function: Callable[[Indices], Tensor], index: Indices, batch_size: int, progress: Progress | None
 ) -> tuple[Tensor, int]:
-    vectors, flops = [], 0
-    for start in range(0, total, batch_size):
-        index = np.arange(start, min(start + batch_size, total))
-        batch = move(fetch(index), device)
-        if not flops:
-            flops = round(count_flops(lambda: embed(batch)) / len(index) * total)
-        vectors.append(embed(batch).float().cpu())
-    return torch.cat(vectors), flops
-
-
-def _rerank(
-    model: CVLM,
-    inputs: ModelInputs,
-    similarity: Tensor,
-    rerank: int,
-    batch_size: int,
-    device: str,
-    progress: Progress | None,
-) -> tuple[Tensor, int]:
-    """Score the top candidates of every picture and of every text with the matching head."""
-    chosen = torch.zeros_like(similarity, dtype=torch.bool)
-    chosen.scatter_(1, similarity.topk(min(rerank, similarity.shape[1]), dim=1).indices, True)
-    chosen.scatter_(0, similarity.topk(min(rerank, similarity.shape[0]), dim=0).indices, True)
-    image_index, text_index = (index.numpy() for index in chosen.nonzero(as_tuple=True))
-    scores = torch.full_like(similarity, -torch.inf)
-    per_pair = 0.0
-    for start in range(0, len(image_index), batch_size):
-        rows, columns = image_index[start : start + batch_size], text_index[start : start + batch_size]
-        image, text = move(inputs.images(rows), device), move(inputs.texts(columns), device)
-        if not per_pair:
-            per_pair = count_flops(lambda: model.match(image, text)) / len(rows)
-        scores[rows, columns] = model.match(image, text).float().cpu()
+    """Apply a function to batches of indices; also return the FLOPs, counted on the first batch and scaled."""
+    first = index[:batch_size]
+    flops = round(count_flops(lambda: function(first)) / len(first) * len(index))
+    results = []
+    for start in range(0, len(index), batch_size):
+        results.append(function(index[start : start + batch_size]).float().cpu())
         if progress is not None:
-            progress(start + len(rows), len(image_index))
-    return scores, round(per_pair * len(image_index))
+            progress(min(start + batch_size, len(index)), len(index))
+    return torch.cat(results), flops
+
+
+def _candidates(similarity: Tensor, number: int) -> tuple[Indices, Indices]:
+    """Return picture and text indices of the top candidates of every picture and of every text."""
+    chosen = torch.zeros_like(similarity, dtype=torch.bool)
+    chosen.scatter_(1, similarity.topk(min(number, similarity.shape[1]), dim=1).indices, True)
+    chosen.scatter_(0, similarity.topk(min(number, similarity.shape[0]), dim=0).indices, True)
+    rows, columns = chosen.nonzero(as_tuple=True)
+    return rows.numpy(), columns.numpy()

@@ -21,13 +21,12 @@ Indices = NDArray[np.int64]
 
 
 class TargetSource(Protocol):
-    """A teacher's signal for pairs of one split.
+    """A teacher's signal for pairs of one split."""
 
-    Attributes:
-        depth: number of the teacher's cross-modal layers.
-    """
-
-    depth: int
+    @property
+    def depth(self) -> int:
+        """Number of the teacher's cross-modal layers."""
+        ...
 
     def fetch(self, index: Indices, request: Request) -> Any:
         """Collect what `signal` needs, as CPU data."""

@@ -49,9 +49,7 @@ class PhaseTrainer(Trainer):
         teacher_signal: TeacherSignal | None,
         callbacks: list[TrainerCallback],
     ) -> None:
-        super().__init__(
-            model=module, args=args, train_dataset=dataset, data_collator=collate, callbacks=callbacks
-        )
+        super().__init__(model=module, args=args, train_dataset=dataset, data_collator=collate, callbacks=callbacks)
         # The loss is divided here, by counts over the whole optimiser step; the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self._teacher_signal = teacher_signal
@@ -101,7 +99,9 @@ class PhaseTrainer(Trainer):
         """Add the mean of every term since the last logging."""
         if "loss" in logs and self._term_steps:
             steps = self._term_steps / self.args.gradient_accumulation_steps
-            logs |= {f"term/{name}": float(value) / steps for name, value in self._terms.items()}
+            for name, value in self._terms.items():
+                mean = self.accelerator.reduce(value, reduction="mean")
+                logs[f"term/{name}"] = float(mean) / steps
             self._terms, self._term_steps = {}, 0
         super().log(logs, *args, **kwargs)
 
@@ -114,6 +114,7 @@ class PhaseTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         target = model if model is not None else self.model
+        assert target is not None
         target.load_state_dict(load_file(Path(resume_from_checkpoint) / "model.safetensors"), strict=True)
 
 

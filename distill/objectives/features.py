@@ -36,8 +36,7 @@ class Hidden(LayerObjective):
             return Request(fields=self.student_needs), Request(fields=self.teacher_needs)
         pairs = resolve_layers(self.layers, student_depth, teacher_depth)
         return tuple(  # type: ignore[return-value]
-            Request(fields=self.student_needs, hidden_layers=frozenset(pair[side] for pair in pairs))
-            for side in (0, 1)
+            Request(fields=self.student_needs, hidden_layers=frozenset(pair[side] for pair in pairs)) for side in (0, 1)
         )
 
     def prepare(self, student: Signal, teacher: Signal | None) -> None:

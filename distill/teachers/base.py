@@ -12,18 +12,29 @@ from distill.signal import Request, Signal
 class Teacher(Protocol):
     """A source of targets. It owns its preprocessing and tokenizer, and is never trained by the student's trainer.
 
-    Attributes:
-        name: how messages call it, for instance `flava (facebook/flava-full)`.
-        fields: the `Signal` fields it can give. White-box teachers give all, gray-box ones logits, black-box ones
-            answers only.
-        depth: number of layers whose cross-modal attention it can record, 0 for none.
-        fingerprint: changes whenever the same input could give another signal (weights, processor, library versions).
+    The four properties may be plain attributes. A teacher that gives `logits` also says what they are over, in a
+    further attribute `answers` (a tuple of strings in the order of the logits), if it knows.
     """
 
-    name: str
-    fields: frozenset[str]
-    depth: int
-    fingerprint: str
+    @property
+    def name(self) -> str:
+        """How messages call it, for instance `flava (facebook/flava-full)`."""
+        ...
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """The `Signal` fields it can give. White-box: all; gray-box: logits; black-box: answers only."""
+        ...
+
+    @property
+    def depth(self) -> int:
+        """Number of layers whose cross-modal attention it can record, 0 for none."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the same input could give another signal (weights, processor, library versions)."""
+        ...
 
     def prepare(self, images: Sequence[Image], texts: Sequence[str]) -> Mapping[str, Any]:
         """Preprocess `b` pairs with the teacher's own processor and tokenizer; returns CPU tensors."""
@@ -33,6 +44,6 @@ class Teacher(Protocol):
         """Run the teacher without gradient on prepared inputs and return at least the requested fields."""
         ...
 
-    def to(self, device: Any) -> "Teacher":
+    def to(self, device: Any) -> Any:
         """Move the teacher to a device and return it."""
         ...
