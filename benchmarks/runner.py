@@ -62,7 +62,7 @@ def evaluate(
     model = model if isinstance(model, CVLM) else load_model(model)
     if task is not None and task != model.task:
         raise CvlmError(f"the model {name} was built for task {model.task!r}, not {task!r}")
-    examples = data if isinstance(data, Examples) else _load_split(data, model.task, split)
+    examples = data if isinstance(data, Examples) else _load_split(data, model, split)
     _check_scorable(model.task, examples)
     if model.task == "vqa" and examples.answers != model.answers:
         raise CvlmError(
@@ -101,13 +101,13 @@ def _metrics(scores: Scores) -> dict[str, Any]:
     }
 
 
-def _load_split(data: str | Path | dict[str, Any], task: str, split: str) -> Examples:
+def _load_split(data: str | Path | dict[str, Any], model: CVLM, split: str) -> Examples:
     if split not in ("train", "test"):
         raise CvlmError(f"split is {split!r}; use train or test")
     if isinstance(data, dict):
         raw = data
     elif Path(data).is_dir():
-        raw = {"kind": "jsonl", "path": str(data)}
+        raw = {"kind": "jsonl", "path": str(data), "answers": model.answers or None}
     else:
         raw = {"kind": str(data)}
     try:
@@ -115,9 +115,9 @@ def _load_split(data: str | Path | dict[str, Any], task: str, split: str) -> Exa
     except ValidationError as error:
         raise CvlmError(
             f"data {data!r} is neither a folder with train.jsonl and test.jsonl nor a data kind: "
-            + "; ".join(".".join(map(str, item["loc"][1:])) + ": " + item["msg"] for item in error.errors())
+            + "; ".join(": ".join([*map(str, item["loc"][1:]), item["msg"]]) for item in error.errors())
         ) from error
-    splits = load_data(spec, task)
+    splits = load_data(spec, model.task)
     return splits.train if split == "train" else splits.test
 
 

@@ -105,6 +105,24 @@ def average_units(states: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
     return units @ states / size.clamp_min(1), size.squeeze(-1) > 0
 
 
+def check_layers(layers: LayerMap) -> None:
+    """Refuse what is no layer map at all, before any depth is known.
+
+    Raises:
+        DistillError: neither `last` nor `uniform` nor a list of pairs of whole numbers.
+    """
+    if isinstance(layers, str):
+        fits = layers in ("last", "uniform")
+    else:
+        fits = isinstance(layers, list | tuple) and len(layers) > 0 and all(_is_pair(pair) for pair in layers)
+    if not fits:
+        raise DistillError(f"layers is {layers!r}; use last, uniform, or pairs such as [[0, 1], [1, 3]]")
+
+
+def _is_pair(pair: object) -> bool:
+    return isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(layer, int) for layer in pair)
+
+
 def resolve_layers(layers: LayerMap, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
     """Turn a layer map into (student layer, teacher layer) pairs, counted from 0; embeddings are no layer.
 
@@ -115,16 +133,18 @@ def resolve_layers(layers: LayerMap, student_depth: int, teacher_depth: int) -> 
         teacher_depth: number of the teacher's layers.
 
     Raises:
-        DistillError: the map is unknown, or names a layer that does not exist.
+        DistillError: the map is unknown or names a layer that does not exist, or a side has no layers.
     """
+    check_layers(layers)
+    if student_depth < 1 or teacher_depth < 1:
+        raise DistillError(f"both need a fusion layer; the student has {student_depth}, the teacher {teacher_depth}")
     if layers == "last":
         layers = [(-1, -1)]
     elif layers == "uniform":
         layers = [(i, (i + 1) * teacher_depth // student_depth - 1) for i in range(student_depth)]
         if teacher_depth < student_depth:
             layers = [((i + 1) * student_depth // teacher_depth - 1, i) for i in range(teacher_depth)]
-    elif isinstance(layers, str):
-        raise DistillError(f"layers is {layers!r}; use last, uniform, or pairs such as [[0, 1], [1, 3]]")
+    assert not isinstance(layers, str)
     pairs = []
     for student, teacher in layers:
         for side, layer, depth in (("student", student, student_depth), ("teacher", teacher, teacher_depth)):

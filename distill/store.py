@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.errors import DistillError
+
 Array = NDArray[Any]
 
 
@@ -44,6 +46,9 @@ class ArrayStore:
             start: first row.
             columns: name -> `[b, ...]`.
             shapes: name -> shape of one full row; shorter rows (unpadded text) are padded with zeros.
+
+        Raises:
+            DistillError: rows were stored before, and these do not fit them.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         count = 0
@@ -68,11 +73,17 @@ class ArrayStore:
 
     def _open(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         path, full = self.folder / f"{name}.npy", (self.rows, *shape)
-        if path.exists() and self.done:
-            found = np.load(path, mmap_mode="r+")
-            if found.shape == full and found.dtype == dtype:
-                return found
-        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=full)
+        if not self.done:
+            return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=full)
+        # A new array would leave zeros in the rows that count as done.
+        found = np.load(path, mmap_mode="r+") if path.exists() else None
+        if found is None or found.shape != full or found.dtype != dtype:
+            was = "is missing" if found is None else f"holds {found.dtype} {found.shape}"
+            raise DistillError(
+                f"{self.done} row(s) are stored already, but {path} {was}, not {np.dtype(dtype)} {full}; delete the "
+                "folder to build it again"
+            )
+        return found
 
     def _replace(self, name: str, value: Any) -> None:
         part = self.folder / f"{name}.part"

@@ -43,18 +43,23 @@ class TargetStore:
 
     @property
     def done(self) -> int:
-        """Number of leading pairs on disk; all of them once the store is complete."""
-        return self.store.rows if self.store.complete else self.store.done
+        """Number of leading pairs that need not be written (again); all of them once the store is complete.
+
+        Where a kill left nothing but `finish` to do, the last pair is due again: what the meta data say is known only
+        from a signal.
+        """
+        return self.store.rows if self.store.complete else max(min(self.store.done, self.store.rows - 1), 0)
 
     def write(self, start: int, signal: Signal) -> None:
         """Store the signal of consecutive pairs.
 
         Raises:
-            DistillError: the signal has a field that depends on the batch.
+            DistillError: the signal has a field that depends on the batch, or a text has more tokens than there is
+                room for.
         """
         if signal.fields - STORABLE:
             raise DistillError(f"fields {sorted(signal.fields - STORABLE)} cannot be stored; use the teacher live")
-        columns = {name: tensor.cpu().numpy() for name, tensor in _columns(signal).items()}
+        columns = {name: tensor.detach().cpu().numpy() for name, tensor in _columns(signal).items()}
         self.store.write(start, columns, {name: self._row_shape(name, c) for name, c in columns.items()})
         layout = signal.image_layout
         self._meta = {"fingerprint": self.fingerprint}
@@ -62,7 +67,15 @@ class TargetStore:
             self._meta |= {"grid": list(layout.grid), "special": layout.special}
 
     def finish(self) -> None:
-        """Mark the store complete."""
+        """Mark the store complete.
+
+        Raises:
+            DistillError: pairs are missing.
+        """
+        if self.store.done < self.store.rows or not self._meta:
+            raise DistillError(
+                f"the targets in {self.store.folder} cannot be finished: write the pairs from {self.done} on first"
+            )
         self.store.finish(self._meta)
 
     def take(self, index: NDArray[np.int64]) -> Signal:
@@ -78,8 +91,7 @@ class TargetStore:
         spans = columns.get("spans")
         length = self.text_length
         if spans is not None:
-            used = (spans[..., 1] > spans[..., 0]).any(0).nonzero()
-            length = int(used.max()) + 1 if len(used) else 1
+            length = _used_length(columns)
             fields["text_layout"] = TextLayout(spans=spans[:, :length])
         for name in PER_LAYER:
             layers = {int(key.split("-")[1]): value for key, value in columns.items() if key.startswith(name + "-")}
@@ -96,14 +108,19 @@ class TargetStore:
         if self._meta["fingerprint"] != self.fingerprint:
             raise DistillError(
                 f"the targets in {self.store.folder} were made by another teacher, from other data, or for other "
-                f"objectives (fingerprint {self._meta['fingerprint'][:12]}, wanted {self.fingerprint[:12]}); delete the "
-                "folder to build them again"
+                f"objectives (fingerprint {self._meta['fingerprint'][:12]}, wanted {self.fingerprint[:12]}); delete "
+                "the folder to build them again"
             )
 
     def _row_shape(self, name: str, column: NDArray[Any]) -> tuple[int, ...]:
         shape = list(column.shape[1:])
         text_axis = {"spans": 0, "hidden": 0, "text_to_image": 0, "image_to_text": 1}.get(name.split("-")[0])
         if text_axis is not None:
+            if shape[text_axis] > self.text_length:
+                raise DistillError(
+                    f"a text of {shape[text_axis]} tokens does not fit the targets in {self.store.folder}, which have "
+                    f"room for {self.text_length}; raise text_length"
+                )
             shape[text_axis] = self.text_length
         return tuple(shape)
 
@@ -121,6 +138,19 @@ def _columns(signal: Signal) -> dict[str, Tensor]:
     if signal.text_layout is not None:
         columns["spans"] = signal.text_layout.spans
     return columns
+
+
+def _used_length(columns: Mapping[str, Tensor]) -> int:
+    """Return how many text positions are words or, as special tokens may be, keys that somebody looked at.
+
+    Without the latter, a row's scale would depend on which texts are taken together.
+    """
+    spans = columns["spans"]
+    used = (spans[..., 1] > spans[..., 0]).any(0)
+    for name, value in columns.items():
+        if name.startswith("image_to_text-"):
+            used |= (value > 0).any(0).any(0)
+    return int(used.nonzero().max()) + 1 if used.any() else 1
 
 
 def _restore(name: str, value: Tensor, length: int) -> Tensor:

@@ -132,11 +132,14 @@ class Fusion(nn.Module):
             hidden_layers: layers whose text states are recorded.
 
         Raises:
-            ValueError: a requested layer does not exist.
+            ValueError: a requested layer does not exist, or the image tokens do not fill the grid.
         """
         missing = {layer for layer in (*attention_layers, *hidden_layers) if not 0 <= layer < self.depth}
         if missing:
             raise ValueError(f"fusion has layers 0..{self.depth - 1}; asked for {sorted(missing)}")
+        cells = image_special + image_grid[0] * image_grid[1]
+        if image.shape[1] != cells:  # a grid of one cell would broadcast
+            raise ValueError(f"grid {image_grid} and {image_special} special tokens make {cells}, not {image.shape[1]}")
         positions = grid_positions(image_grid, image_special, self.width).to(image.device, image.dtype)
         text, image = self.text_projection(text), self.image_projection(image) + positions
         streams = Streams(

@@ -75,8 +75,8 @@ class Run:
         """Run every job that is not done, write every result, and return metrics.json."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise CvlmError("cvlm run is one process; under torchrun, use cvlm train for one phase after the other")
-        self._open_folder()
         self._check()
+        self._open_folder()
         if "teacher" in self.recipe.phases:
             self._train_teacher()
         for seed in self.recipe.seeds:
@@ -90,8 +90,8 @@ class Run:
             raise unknown_name("phase", phase, self.recipe.phases)
         if phase != "teacher" and seed not in self.recipe.seeds:
             raise CvlmError(f"seed {seed} is none of the recipe's seeds {list(self.recipe.seeds)}")
-        self._open_folder()
         self._check()
+        self._open_folder()
         if phase == "teacher":
             self._train_teacher()
             return self.out / "teacher"

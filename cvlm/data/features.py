@@ -97,8 +97,8 @@ def _key(encoder: nn.Module, items: Sequence[Any]) -> str:
     digest = sha256(fingerprint(encoder).encode())
     # An encoder of the user's own may describe its preprocessing nowhere: what it makes of one item tells.
     prepare: Any = encoder.prepare
-    first = items[0] if isinstance(items[0], str) else items[0].load()
-    for name, value in sorted(prepare([first]).items()):
+    sample = max(items, key=len) if isinstance(items[0], str) else items[0].load()
+    for name, value in sorted(prepare([sample]).items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\0".encode() + value.numpy().tobytes())
     for item in items:
         digest.update((item if isinstance(item, str) else item.key).encode() + b"\0")

@@ -154,6 +154,12 @@ class CVLM(nn.Module):
         out = self.encode_text(text)
         return nn.functional.normalize(self.embedding_head.text(self._text_mean(out)), dim=-1)
 
+    @property
+    def similarity_scale(self) -> float:
+        """What cosines are multiplied by to become `similarity` logits."""
+        assert self.embedding_head is not None
+        return float(self.embedding_head.scale)
+
     def match(self, image: Inputs, text: Inputs) -> Tensor:
         """Score `b` pairs with the matching head: logits `[b]`."""
         assert self.matching_head is not None

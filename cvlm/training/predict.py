@@ -24,7 +24,8 @@ class Prediction:
         logits: `[n, n_answers]` for vqa.
         images: `[pictures, e]` unit vectors for retrieval.
         texts: `[texts, e]` unit vectors for retrieval.
-        rerank: `[pictures, texts]` match logits of the pairs that were re-ranked and -inf elsewhere, or None.
+        rerank: `[pictures, texts]` scaled cosine plus match logit of the pairs that were re-ranked (BLIP's ranking
+            score) and -inf elsewhere, or None.
         flops: of all forward passes, stored tower outputs not counted again.
     """
 
@@ -88,15 +89,16 @@ def _embed_and_rerank(
     if model.matching_head is None or rerank < 1:
         return Prediction(images=images, texts=texts, flops=image_flops + text_flops)
 
-    pairs = np.stack(_candidates(images @ texts.T, rerank))
+    similarity = images @ texts.T
+    pairs = np.stack(_candidates(similarity, rerank))
 
     def match(index: Indices) -> Tensor:
         rows, columns = pairs[:, index]
         return model.match(move(inputs.images(rows), device), move(inputs.texts(columns), device))
 
     found, match_flops = _batched(match, np.arange(pairs.shape[1]), batch_size, progress)
-    scores = torch.full((len(images), len(texts)), -torch.inf)
-    scores[pairs[0], pairs[1]] = found
+    scores = torch.full_like(similarity, -torch.inf)
+    scores[pairs[0], pairs[1]] = found + model.similarity_scale * similarity[pairs[0], pairs[1]]
     return Prediction(images=images, texts=texts, rerank=scores, flops=image_flops + text_flops + match_flops)
 
 

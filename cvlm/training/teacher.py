@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
 
 from cvlm.encoders import fingerprint
 from cvlm.model import CVLM, load_model, take
@@ -18,8 +17,8 @@ from distill import Request, Signal
 class CvlmTeacher:
     """Wraps a trained CVLM as a white-box teacher; see `distill.Teacher`.
 
-    For retrieval with a matching head, the `similarity` of a batch is the match logit of every image with every text:
-    `b * b` runs of the fusion module.
+    For retrieval with a matching head, the `similarity` of a batch is the scaled cosine plus the match logit of every
+    image with every text, BLIP's ranking score (Li et al. 2022): `b * b` runs of the fusion module.
 
     Args:
         model: the trained model; it is frozen and put into evaluation mode.
@@ -56,22 +55,21 @@ class CvlmTeacher:
         """Run the model without gradient."""
         with torch.no_grad():
             if self.model.matching_head is not None and "similarity" in request.fields:
-                return self._match_all(inputs)
-            return self.model(inputs["image"], inputs["text"], request=replace(request, fields=request.fields))
+                return self._score_all(inputs, request)
+            return self.model(inputs["image"], inputs["text"], request=request)
 
     def to(self, device: Any) -> "CvlmTeacher":
         """Move the model."""
         self.model.to(device)
         return self
 
-    def _match_all(self, inputs: Mapping[str, Any]) -> Signal:
+    def _score_all(self, inputs: Mapping[str, Any], request: Request) -> Signal:
         image, text = self.model.encode_image(inputs["image"]), self.model.encode_text(inputs["text"])
-        rows: list[Tensor] = []
+        signal: Signal = self.model(image, text, request=replace(request, fields=request.fields - {"matching"}))
+        assert signal.similarity is not None, "a retrieval model gives similarity"
         everything = torch.arange(len(text.tokens), device=text.tokens.device)
-        for i in range(len(image.tokens)):
-            one = torch.full_like(everything, i)
-            rows.append(self.model.match(take(image, one), text))
-        return Signal(similarity=torch.stack(rows))
+        rows = [self.model.match(take(image, torch.full_like(everything, i)), text) for i in range(len(image.tokens))]
+        return replace(signal, similarity=signal.similarity + torch.stack(rows))
 
 
 def load_cvlm_teacher(name: str | Path | CVLM, **_: Any) -> CvlmTeacher:

@@ -1,9 +1,11 @@
 """Objectives on where a model looks."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from distill.alignment import LayerMap, align_attention, image_units, resolve_layers, text_units
+from distill.alignment import LayerMap, align_attention, image_units, text_units
 from distill.errors import DistillError
 from distill.objectives.base import LayerObjective, Loss, example_mean
 from distill.signal import Request, Signal
@@ -47,7 +49,7 @@ class CrossAttention(LayerObjective):
 
     def requests(self, student_depth: int, teacher_depth: int) -> tuple[Request, Request]:
         """Ask both sides for the paired layers' attention and nothing else."""
-        pairs = resolve_layers(self.layers, student_depth, teacher_depth)
+        pairs = self.resolve(student_depth, teacher_depth)
         return tuple(  # type: ignore[return-value]
             Request(fields=self.student_needs, attention_layers=frozenset(pair[side] for pair in pairs))
             for side in (0, 1)
@@ -58,7 +60,9 @@ class CrossAttention(LayerObjective):
         losses = []
         for direction in self.directions:
             s, t = self.take(student, "student", direction), self.take(teacher, "teacher", direction)
-            assert isinstance(s, dict) and isinstance(t, dict) and teacher is not None
+            assert isinstance(s, Mapping)
+            assert isinstance(t, Mapping)
+            assert teacher is not None
             losses += [self._compare(student, teacher, direction, a, b) for a, b in self.pairs(s, t)]
         total = torch.stack([loss for loss, _ in losses]).mean()
         return total, torch.stack([count for _, count in losses]).amax()

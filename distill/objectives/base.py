@@ -1,11 +1,12 @@
 """What every objective is: a small module that turns two signals into `(sum, count)`."""
 
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from distill.alignment import LayerMap, resolve_layers
+from distill.alignment import LayerMap, check_layers, resolve_layers
 from distill.errors import DistillError
 from distill.signal import Layers, Request, Signal
 
@@ -31,8 +32,8 @@ class Objective(nn.Module):
 
     def __init__(self, *, weight: float = 1.0) -> None:
         super().__init__()
-        if weight < 0:
-            raise DistillError(f"objective {self.kind!r}: weight is {weight}, it must not be negative")
+        if not 0 <= weight < math.inf:
+            raise DistillError(f"objective {self.kind!r}: weight is {weight}, it must be finite and not negative")
         self.weight = weight
 
     def missing(self, student: frozenset[str], teacher: frozenset[str]) -> dict[str, frozenset[str]]:
@@ -82,16 +83,21 @@ class LayerObjective(Objective):
 
     def __init__(self, *, layers: LayerMap = "last", weight: float = 1.0) -> None:
         super().__init__(weight=weight)
-        resolve_layers(layers, 10**6, 10**6)  # refuses unknown words now, before any depth is known
+        check_layers(layers)
         self.layers = layers
+        self._resolved: list[tuple[int, int]] | None = None
+
+    def resolve(self, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
+        """Return the layer map's pairs for models of these depths, and keep to them from now on."""
+        self._resolved = resolve_layers(self.layers, student_depth, teacher_depth)
+        return self._resolved
 
     def pairs(self, student: Layers, teacher: Layers) -> list[tuple[Tensor, Tensor]]:
-        """Pair up the recorded layers of two signals."""
-        students, teachers = sorted(student), sorted(teacher)
-        if self.layers == "uniform" and len(students) == len(teachers):
-            chosen = list(zip(students, teachers, strict=True))  # both sides recorded just the layers of the map
-        else:
-            chosen = resolve_layers(self.layers, students[-1] + 1, teachers[-1] + 1)
+        """Pair up the recorded layers of two signals.
+
+        Where `resolve` never ran, the last recorded layer counts as the model's last one.
+        """
+        chosen = self._resolved or resolve_layers(self.layers, max(student) + 1, max(teacher) + 1)
         absent = [pair for pair in chosen if pair[0] not in student or pair[1] not in teacher]
         if absent:
             raise DistillError(f"objective {self.kind!r}: layers {absent} were not recorded")
@@ -112,4 +118,4 @@ def labelled_rows(labels: Tensor) -> Tensor:
 
 def zero_like(tensor: Tensor) -> Tensor:
     """A zero that keeps the graph, so that every rank runs a backward pass of the same shape."""
-    return torch.nan_to_num(tensor).sum() * 0.0
+    return torch.nan_to_num(tensor * 0.0).sum()  # in this order: a sum may overflow, and 0 * inf is NaN

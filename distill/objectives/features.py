@@ -1,9 +1,11 @@
 """Objectives on hidden states."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from distill.alignment import LayerMap, average_units, resolve_layers, text_units
+from distill.alignment import LayerMap, average_units, text_units
 from distill.errors import DistillError
 from distill.objectives.base import LayerObjective, Loss, example_mean
 from distill.signal import Request, Signal
@@ -34,7 +36,7 @@ class Hidden(LayerObjective):
         """Ask both sides for the paired layers' states, or for the pooled vector."""
         if self.on == "pooled":
             return Request(fields=self.student_needs), Request(fields=self.teacher_needs)
-        pairs = resolve_layers(self.layers, student_depth, teacher_depth)
+        pairs = self.resolve(student_depth, teacher_depth)
         return tuple(  # type: ignore[return-value]
             Request(fields=self.student_needs, hidden_layers=frozenset(pair[side] for pair in pairs)) for side in (0, 1)
         )
@@ -51,7 +53,9 @@ class Hidden(LayerObjective):
         losses = []
         for regressor, (s, t) in zip(self.regressors, self._state_pairs(student, teacher), strict=True):
             s, t, exists = self._meet(student, teacher, s.float(), t.float())
-            losses.append(example_mean((regressor(s) - t).square().mean(-1), exists))
+            dtype = next(regressor.parameters()).dtype  # DeepSpeed makes it bf16 or fp16
+            regressed = regressor(s.to(dtype)).float()
+            losses.append(example_mean((regressed - t).square().mean(-1), exists))
         total = torch.stack([loss for loss, _ in losses]).mean()
         return total, torch.stack([count for _, count in losses]).amax()
 
@@ -59,7 +63,8 @@ class Hidden(LayerObjective):
         s, t = self.take(student, "student", self.on), self.take(teacher, "teacher", self.on)
         if isinstance(s, Tensor) and isinstance(t, Tensor):
             return [(s, t.detach())]
-        assert isinstance(s, dict) and isinstance(t, dict)
+        assert isinstance(s, Mapping)
+        assert isinstance(t, Mapping)
         return self.pairs(s, t)
 
     def _meet(self, student: Signal, teacher: Signal | None, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Objectives on what a model answers: its task's labels, a teacher's logits, a teacher's similarities."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,8 +19,8 @@ def _check_link(kind: str, link: str) -> None:
 
 
 def _check_temperature(kind: str, temperature: float) -> None:
-    if not temperature > 0:
-        raise DistillError(f"objective {kind!r}: temperature is {temperature}, it must be above 0")
+    if not 0 < temperature < math.inf:
+        raise DistillError(f"objective {kind!r}: temperature is {temperature}, it must be finite and above 0")
 
 
 class Labels(Objective):
@@ -67,7 +69,8 @@ class Labels(Objective):
         rows = labelled_rows(labels)
         if not rows.any():
             return zero_like(logits), rows.sum()
-        return self._classify(logits[rows], labels[rows]), rows.sum()
+        # Single precision: the sum over a batch and thousands of answers overflows fp16.
+        return self._classify(logits[rows].float(), labels[rows]), rows.sum()
 
     def _classify(self, logits: Tensor, labels: Tensor) -> Tensor:
         if labels.dim() == 1 and self.link == "softmax":
@@ -80,24 +83,25 @@ class Labels(Objective):
         return -(target * F.log_softmax(logits, dim=-1)).sum()
 
     def _contrast(self, student: Signal, labels: Tensor | None) -> Loss:
-        similarity = student.similarity
-        assert similarity is not None
+        assert student.similarity is not None
+        similarity, matching = student.similarity.float(), student.matching
         group = torch.arange(len(similarity), device=similarity.device) if labels is None else labels
         rows = labelled_rows(group)
         if not rows.any():
-            return zero_like(similarity), rows.sum()
+            unused = zero_like(similarity)
+            return unused if matching is None else unused + zero_like(matching), rows.sum()
         positive = (group[:, None] == group[None, :]) & rows[:, None] & rows[None, :]
         target = positive.to(similarity)[rows]
         target = target / target.sum(-1, keepdim=True)
         loss = -(target * F.log_softmax(similarity, dim=1)[rows]).sum() / 2
         loss = loss - (target * F.log_softmax(similarity.T, dim=1)[rows]).sum() / 2
-        if student.matching is not None:
-            loss = loss + _matching_loss(student.matching[:, rows])
+        if matching is not None:
+            loss = loss + _matching_loss(matching[:, rows].float())
         return loss, rows.sum()
 
 
 def _matching_loss(matching: Tensor) -> Tensor:
-    """Binary cross-entropy of `[3, b]` matching logits whose first row holds the true pairs, averaged over the three."""
+    """Binary cross-entropy of `[3, b]` matching logits, true pairs in the first row, averaged over the three."""
     target = torch.zeros_like(matching)
     target[0] = 1
     return F.binary_cross_entropy_with_logits(matching, target, reduction="none").mean(0).sum()
@@ -130,7 +134,8 @@ class Logits(Objective):
     def forward(self, student: Signal, teacher: Signal | None, labels: Tensor | None = None) -> Loss:
         """Compare `logits` `[b, n_answers]` of both sides; labels play no part."""
         z_s, z_t = self.take(student, "student", "logits"), self.take(teacher, "teacher", "logits")
-        assert isinstance(z_s, Tensor) and isinstance(z_t, Tensor)
+        assert isinstance(z_s, Tensor)
+        assert isinstance(z_t, Tensor)
         if z_s.shape != z_t.shape:
             raise DistillError(
                 f"objective 'logits': student logits {tuple(z_s.shape)} and teacher logits {tuple(z_t.shape)} differ; "
@@ -162,7 +167,8 @@ class Similarity(Objective):
     def forward(self, student: Signal, teacher: Signal | None, labels: Tensor | None = None) -> Loss:
         """Compare `similarity` `[b, b]` of both sides; labels play no part."""
         s, t = self.take(student, "student", "similarity"), self.take(teacher, "teacher", "similarity")
-        assert isinstance(s, Tensor) and isinstance(t, Tensor)
+        assert isinstance(s, Tensor)
+        assert isinstance(t, Tensor)
         t = t.detach()
         total = softmax_kl(t, s, self.temperature).sum() + softmax_kl(t.T, s.T, self.temperature).sum()
         return total / 2, torch.tensor(len(s), device=s.device)
