@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from benchmarks.metrics import RetrievalRanks, ranks_from_scores, retrieval_ranks
 from cvlm.data import Examples
+from cvlm.errors import CvlmError
 from cvlm.training import Prediction
 
 PRIMARY: dict[str, str] = {"vqa": "accuracy", "retrieval": "text_to_image_recall@10"}
@@ -70,6 +71,8 @@ def majority(train: Examples, test: Examples) -> Scores:
     It sees every training label, also those that the student does not.
     """
     known = train.labels >= 0
+    if not known.any():
+        raise CvlmError(f"no training pair of {train.name} has an answer; the majority baseline needs some")
     overall = Counter(train.labels[known].tolist()).most_common(1)[0][0]
     per_text: dict[str, Counter[int]] = {}
     for text, label in zip(train.text_of[known], train.labels[known], strict=True):
@@ -82,15 +85,22 @@ def majority(train: Examples, test: Examples) -> Scores:
 def _score_retrieval(examples: Examples, prediction: Prediction) -> Scores:
     if prediction.images is None or prediction.texts is None:
         raise ValueError("retrieval is scored from embeddings, and the prediction has none")
-    text_to_image = np.empty(len(examples.texts), dtype=np.int64)
-    text_to_image[examples.text_of] = examples.image_of
+    pairs = np.unique(np.stack([examples.text_of, examples.image_of]), axis=1)
+    text_to_image = pairs[1]
+    if len(np.unique(pairs[0])) < pairs.shape[1]:
+        twice = examples.texts[int(pairs[0][np.flatnonzero(np.diff(pairs[0]) == 0)[0]])]
+        raise CvlmError(
+            f"the text {twice!r} stands with several pictures; give retrieval each caption as a text of its own"
+        )
     ranks: RetrievalRanks
     if prediction.rerank is None:
         ranks = retrieval_ranks(prediction.images, prediction.texts, text_to_image)
     else:
-        similarity = prediction.images @ prediction.texts.T
-        above = prediction.rerank.clamp(-1e4, 1e4) + 2e4
-        ranks = ranks_from_scores(torch.where(prediction.rerank.isfinite(), above, similarity), text_to_image)
+        # Double precision: a shift of single-precision scores would turn close ones into ties.
+        rerank, similarity = prediction.rerank.double(), (prediction.images @ prediction.texts.T).double()
+        chosen = rerank != -torch.inf
+        shift = similarity.max() - rerank[chosen].min() + 1
+        ranks = ranks_from_scores(torch.where(chosen, rerank + shift, similarity), text_to_image)
     values, clusters = {}, {}
     for k in RECALL_AT:
         hits = ranks.hits(k)

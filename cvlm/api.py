@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from torch import nn
 
@@ -139,6 +140,9 @@ def distill(
         DistillError: an objective needs what a side cannot give; raised before the first step.
     """
     terms = [_objective(objective) for objective in objectives]
+    if teacher is model or getattr(teacher, "model", None) is model:
+        raise CvlmError("the student cannot be its own teacher: teaching freezes a model; pass a copy of it")
+    device = "cuda" if torch.cuda.is_available() and (engine is None or engine.device == "auto") else "cpu"
     source: Teacher | None = CvlmTeacher(teacher) if isinstance(teacher, CVLM) else teacher
     check_teacher(model, source, terms)
     specs = tuple(ObjectiveSpec(kind=term.kind, weight=term.weight) for term in terms)
@@ -151,12 +155,13 @@ def distill(
         store = Path(features) if features is not None else Path(scratch) / "features"
         target = None
         if source is not None:
-            target = LiveTarget(teacher=source, examples=data, inputs=teacher_inputs(source, data, store))
+            stored = teacher_inputs(source, data, store, device=device)
+            target = LiveTarget(teacher=source.to(device), examples=data, inputs=stored, device=device)
         job = PhaseJob(
             student=model,
             phase=spec,
             objectives=terms,
-            inputs=model_inputs(model, data, store),
+            inputs=model_inputs(model, data, store, device=device),
             target=target,
             engine=engine or EngineSpec(),
             seed=seed,
@@ -185,9 +190,13 @@ def check_teacher(model: CVLM, teacher: Teacher | None, objectives: Sequence[Obj
 
 
 def _objective(value: str | Mapping[str, Any] | Objective) -> Objective:
-    if isinstance(value, Mapping):
-        return build_objective(**value)
-    return build_objective(value)
+    if not isinstance(value, Mapping):
+        return build_objective(value)
+    if "kind" not in value:
+        raise CvlmError(
+            f"the objective {dict(value)} has no 'kind'; for instance {{'kind': 'logits', 'temperature': 2.0}}"
+        )
+    return build_objective(**value)
 
 
 def _encoder_spec(spec: type[VisionSpec] | type[TextSpec], encoder: EncoderLike) -> Any:

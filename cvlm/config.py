@@ -226,6 +226,7 @@ class Recipe(Strict):
 
     `phases` holds `teacher` (fine-tune the teacher), `finetune` (phase 1) and any number of further student phases,
     each an arm of the report; those start from `finetune` unless they say otherwise.
+    `initialise_fusion: teacher` begins fresh students with the teacher's multimodal weights where shapes match.
     """
 
     task: Task
@@ -233,6 +234,7 @@ class Recipe(Strict):
     student: StudentSpec
     teacher: TeacherSpec | None = None
     phases: dict[str, PhaseSpec]
+    initialise_fusion: Literal["random", "teacher"] = "random"
     seeds: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1)
     engine: EngineSpec = EngineSpec()
 

@@ -27,6 +27,7 @@ class Console:
             bar.update(done - bar.n)
             if done >= total:
                 bar.close()
+                bar = None
 
         return show
 

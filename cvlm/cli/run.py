@@ -34,6 +34,7 @@ from cvlm.training import (
     ModelInputs,
     PhaseJob,
     TargetSource,
+    initialise_from_teacher,
     model_inputs,
     predict,
     requests,
@@ -162,7 +163,7 @@ class Run:
         """The trained teacher."""
         spec = self.recipe.teacher
         if isinstance(spec, TransformersTeacherSpec):
-            settings = {"head": spec.head} if spec.head is not None else {}
+            settings = {"head": spec.head, "answers": self.data.train.answers} if spec.head is not None else {}
             return load_teacher(spec.name, kind=spec.kind, **settings).to(self.device)
         path = spec.path if isinstance(spec, SavedTeacherSpec) else self.out / "teacher"
         return load_teacher(path).to(self.device)
@@ -199,7 +200,8 @@ class Run:
     def _longest_text(self, inputs: ModelInputs | None) -> int:
         if inputs is not None and not isinstance(inputs.text, torch.nn.Module):
             return inputs.text.mask.shape[1]
-        return 512
+        # A token stands for a character at least, and no encoder here reads more than 512.
+        return min(512, max(len(text) for text in self.data.train.texts) + 2)
 
     def _compose(self, spec: StudentSpec, seed: int) -> CVLM:
         torch.manual_seed(seed)
@@ -238,6 +240,8 @@ class Run:
         if not (folder / "scores.npz").exists():
             start = self.recipe.start_of(arm)
             model = self._new_student(seed) if start is None else load_model(self.out / start / f"seed{seed}")
+            if start is None and self.recipe.initialise_fusion == "teacher":
+                initialise_from_teacher(model, self.teacher)
             terms = self._objectives(arm)
             target = self.target if any(term.teacher_needs for term in terms) else None
             train = self.data.train.hide_labels(self.recipe.data.labelled, seed)

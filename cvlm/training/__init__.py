@@ -4,7 +4,7 @@ from cvlm.training.inputs import ModelInputs, model_inputs
 from cvlm.training.phase import PhaseJob, requests, train_phase
 from cvlm.training.predict import Prediction, predict
 from cvlm.training.target import BuiltTargets, LiveTarget, StoredTarget, TargetSource, store_targets, teacher_inputs
-from cvlm.training.teacher import CvlmTeacher, load_cvlm_teacher
+from cvlm.training.teacher import CvlmTeacher, initialise_from_teacher, load_cvlm_teacher
 
 __all__ = [
     "BuiltTargets",
@@ -15,6 +15,7 @@ __all__ = [
     "Prediction",
     "StoredTarget",
     "TargetSource",
+    "initialise_from_teacher",
     "load_cvlm_teacher",
     "model_inputs",
     "predict",

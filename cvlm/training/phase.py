@@ -1,5 +1,6 @@
 """One phase: train a student on a split with a list of objectives, resuming where an earlier attempt was stopped."""
 
+import copy
 import json
 import logging
 import math
@@ -151,10 +152,29 @@ def _fit(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
+        spare = copy.deepcopy(job.student) if _partitions_weights(trainer) else None
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    if spare is not None:
+        _restore_weights(job.student, spare, trainer)
     module.eval()
     log = [record for record in trainer.state.log_history if "loss" in record]
     return merge_ranks(gather_object([meter.cost])), log
+
+
+def _partitions_weights(trainer: PhaseTrainer) -> bool:
+    """Whether this is DeepSpeed ZeRO-3, under which no process holds the whole model."""
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    return plugin is not None and plugin.zero_stage == 3
+
+
+def _restore_weights(student: CVLM, spare: CVLM, trainer: PhaseTrainer) -> None:
+    """Give the student whole modules again, filled on the first process with the weights gathered from all."""
+    state = trainer.accelerator.get_state_dict(trainer.deepspeed)
+    if state:
+        own = {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}
+        spare.load_state_dict(own, strict=True)
+    for name, module in spare.named_children():
+        setattr(student, name, module)
 
 
 def clear_checkpoints(folder: Path) -> None:

@@ -10,8 +10,11 @@ import torch
 from PIL.Image import Image
 
 from cvlm.encoders import fingerprint
+from cvlm.errors import CvlmError
 from cvlm.model import CVLM, load_model, take
-from distill import Request, Signal
+from distill import Request, Signal, Teacher
+from distill.teachers.flava import FlavaTeacher
+from fusion import flava_names, initialise_fusion
 
 
 class CvlmTeacher:
@@ -70,6 +73,32 @@ class CvlmTeacher:
         everything = torch.arange(len(text.tokens), device=text.tokens.device)
         rows = [self.model.match(take(image, torch.full_like(everything, i)), text) for i in range(len(image.tokens))]
         return replace(signal, similarity=signal.similarity + torch.stack(rows))
+
+
+def initialise_from_teacher(student: CVLM, teacher: Teacher) -> list[str]:
+    """Begin a student's fusion module with the teacher's multimodal weights, wherever names and shapes match.
+
+    A CVLM of the same fusion kind, and FLAVA for a student of kind `merged`, have matching names.
+
+    Returns:
+        The names that were copied.
+
+    Raises:
+        CvlmError: nothing matches, or the teacher has no such weights.
+    """
+    if isinstance(teacher, CvlmTeacher):
+        source = teacher.model.fusion.state_dict()
+    elif isinstance(teacher, FlavaTeacher):
+        source = flava_names(teacher.multimodal_state())
+    else:
+        raise CvlmError(f"the teacher {teacher.name} has no weights to initialise a fusion module with")
+    copied = initialise_fusion(student.fusion, source)
+    if not copied:
+        raise CvlmError(
+            f"no tensor of the teacher {teacher.name} fits the student's fusion module; take the same kind, width and "
+            "expansion (kind merged for FLAVA), or initialise_fusion: random"
+        )
+    return copied
 
 
 def load_cvlm_teacher(name: str | Path | CVLM, **_: Any) -> CvlmTeacher:

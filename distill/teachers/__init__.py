@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 from distill.errors import DistillError
@@ -55,8 +56,8 @@ def _ready(teacher: Any, settings: dict[str, Any]) -> Teacher:
 
 
 def _protocol_members() -> set[str]:
-    methods = {name for name, value in vars(Teacher).items() if inspect.isfunction(value) and name[0] != "_"}
-    return methods | set(Teacher.__annotations__)
+    members = vars(Teacher).items()
+    return {name for name, value in members if name[0] != "_" and isinstance(value, FunctionType | property)}
 
 
 def _factory(kind: str) -> Callable[..., Any]:

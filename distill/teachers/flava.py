@@ -60,6 +60,10 @@ class FlavaTeacher(JointTeacher):
         )
         self.answers = None if answers is None else tuple(answers)
 
+    def multimodal_state(self) -> dict[str, Tensor]:
+        """Return the multimodal encoder's weights under transformers' names, to initialise a fusion module with."""
+        return dict(self._parts.model.multimodal_model.state_dict())
+
     def _record(self, inputs: Mapping[str, Tensor], request: Request) -> dict[str, Any]:
         model = self._parts.model
         image = model.image_model(pixel_values=inputs["pixel_values"], output_hidden_states=True)

@@ -69,9 +69,7 @@ def characters(layout, example, tokens):
 
 def naive_units(student, teacher, example):
     """By the definition: sorted common ends; a token belongs to the first of them that is not before its own end."""
-    ends = [
-        {end for start, end in layout.spans[example].tolist() if end > start} for layout in (student, teacher)
-    ]
+    ends = [{end for start, end in layout.spans[example].tolist() if end > start} for layout in (student, teacher)]
     common = sorted(ends[0] & ends[1])
     members = []
     for layout in (student, teacher):
@@ -223,7 +221,7 @@ def test_a_spot_lands_at_the_same_place_from_any_grid(one, other, y, x):
 
 
 def random_attention(generator, *shape):
-    return torch.rand(*shape, generator=generator).add(1e-3).div_(1).softmax(-1)
+    return torch.randn(*shape, generator=generator).softmax(-1)
 
 
 def signals(pair, grid_s, grid_t, seed):

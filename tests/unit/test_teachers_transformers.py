@@ -9,6 +9,21 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_vlms import (
+    ANSWERS,
+    D_JOINT,
+    DEPTH,
+    GRID,
+    HEADS,
+    MAX_TEXT,
+    N_IMAGE,
+    PATCH,
+    SIZE,
+    WORDS,
+    save_flava,
+    save_vilt,
+    spread,
+)
 from torch import Tensor
 
 from distill.errors import DistillError
@@ -21,14 +36,6 @@ from distill.teachers.joint import JointPass, cut_block
 from distill.teachers.transformers_common import _trim
 from distill.teachers.vilt import ViltTeacher, ordered_patches
 
-# Widths, heads, depths and lengths all differ, so that no axis can be taken for another.
-D_IMAGE, D_TEXT, D_JOINT, D_SHARED = 32, 48, 40, 24
-HEADS, DEPTH, MAX_TEXT = 5, 3, 14
-SIZE, PATCH = 32, 8
-GRID = (4, 4)
-N_IMAGE = 17
-ANSWERS = ("yes", "no", "red", "two", "a cat", "blue")
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "the", "cat", "red", "##dish", "a", "dog", "?"]
 TEXTS = ("is  the cat reddish?", "a dog")
 N_TEXT = 8  # [CLS] is the cat red ##dish ? [SEP]
 ALL = Request(
@@ -46,65 +53,14 @@ def picture(seed: int, width: int = 50, height: int = 30) -> Image.Image:
 IMAGES = (picture(0), picture(1, width=20))
 
 
-def spread(model: torch.nn.Module) -> torch.nn.Module:
-    """Wide random weights: the default start is so narrow that attention is flat and class tokens are zero."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name != "logit_scale" and "layernorm" not in name.lower():
-                weight.normal_(0.0, 0.2, generator=generator)
-    return model
-
-
-def save_processors(folder: Path, image_processor: object) -> None:
-    from transformers import BertTokenizerFast
-
-    (folder / "words.txt").write_text("\n".join(WORDS))
-    BertTokenizerFast(str(folder / "words.txt")).save_pretrained(folder)
-    image_processor.save_pretrained(folder)
-
-
 @pytest.fixture(scope="session")
 def flava_folder(tmp_path_factory) -> Path:
-    from transformers import FlavaConfig, FlavaImageProcessor, FlavaModel
-
-    folder = tmp_path_factory.mktemp("flava")
-    common = {"intermediate_size": 56, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-    config = FlavaConfig(
-        image_config={"hidden_size": D_IMAGE, "num_hidden_layers": 2, "num_attention_heads": 4, **common}
-        | {"image_size": SIZE, "patch_size": PATCH},
-        text_config={"hidden_size": D_TEXT, "num_hidden_layers": 1, "num_attention_heads": 6, **common}
-        | {"vocab_size": len(WORDS) + 3, "max_position_embeddings": MAX_TEXT},
-        multimodal_config={"hidden_size": D_JOINT, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, **common},
-        image_codebook_config={},
-        hidden_size=D_JOINT,
-        projection_dim=D_SHARED,
-    )
-    spread(FlavaModel(config)).save_pretrained(folder)
-    save_processors(folder, FlavaImageProcessor())
-    return folder
+    return save_flava(tmp_path_factory.mktemp("flava"))
 
 
 @pytest.fixture(scope="session")
 def vilt_folder(tmp_path_factory) -> Path:
-    from transformers import ViltConfig, ViltForQuestionAnswering, ViltImageProcessor
-
-    folder = tmp_path_factory.mktemp("vilt")
-    config = ViltConfig(
-        hidden_size=D_JOINT,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=HEADS,
-        intermediate_size=56,
-        hidden_dropout_prob=0.1,
-        image_size=SIZE,
-        patch_size=PATCH,
-        vocab_size=len(WORDS) + 3,
-        max_position_embeddings=MAX_TEXT,
-        id2label=dict(enumerate(ANSWERS)),
-    )
-    spread(ViltForQuestionAnswering(config)).save_pretrained(folder)
-    save_processors(folder, ViltImageProcessor())
-    return folder
+    return save_vilt(tmp_path_factory.mktemp("vilt"))
 
 
 @pytest.fixture(scope="session")

@@ -83,15 +83,15 @@ def test_one_batch_of_8_equals_4_accumulated_batches_of_2(examples, tmp_path):
 
 
 def test_an_interrupted_phase_ends_in_the_same_weights(examples, tmp_path):
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     def kill(step, steps, loss):
         if step == 8:
-            raise Killed
+            raise KilledError
 
     whole = trained_state(make_job(make_model(examples, dropout=0.1), examples, tmp_path / "whole"))
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train_phase(make_job(make_model(examples, dropout=0.1), examples, tmp_path / "cut", report=kill))
     assert last_complete_checkpoint(tmp_path / "cut" / "phase") is not None
     seen = []
@@ -207,5 +207,5 @@ def test_labelled_pairs_only(examples, tmp_path):
 
 def test_nothing_to_train_on_is_refused(examples, tmp_path):
     none = replace(examples, labels=np.full(len(examples), -100))
-    with pytest.raises(CvlmError, match="0 pair.s. to train on"):
+    with pytest.raises(CvlmError, match=r"0 pair\(s\) to train on"):
         train_phase(make_job(make_model(examples), none, tmp_path, pairs="labelled"))
