@@ -90,8 +90,7 @@ class Labels(Objective):
         if not rows.any():
             unused = zero_like(similarity)
             return unused if matching is None else unused + zero_like(matching), rows.sum()
-        positive = (group[:, None] == group[None, :]) & rows[:, None] & rows[None, :]
-        target = positive.to(similarity)[rows]
+        target = (group[:, None] == group[None, :]).to(similarity)[rows]
         target = target / target.sum(-1, keepdim=True)
         loss = -(target * F.log_softmax(similarity, dim=1)[rows]).sum() / 2
         loss = loss - (target * F.log_softmax(similarity.T, dim=1)[rows]).sum() / 2
