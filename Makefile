@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two torch processes with several threads each slow each other down many times over.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo retrieval test test-all check clean
+.PHONY: demo retrieval results test test-all check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/cvlm run configs/quickstart/vqa.yaml --out runs/quickstart
@@ -32,6 +32,16 @@ $(VENV)/bin/pip:
 $(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --editable ".[$*]"
 	touch $@
+
+# Keep what the quickstarts measured here: the tables of the README and the docs come from these files.
+results: demo retrieval
+	for run in quickstart retrieval; do \
+	  mkdir -p benchmarks/results/$$run; \
+	  cp runs/$$run/metrics.json runs/$$run/cost.json runs/$$run/environment.json runs/$$run/recipe.yaml \
+	    benchmarks/results/$$run/; \
+	done
+	mkdir -p docs/images
+	cp runs/quickstart/arms.png docs/images/arms.png
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.vqa_answers import clean_answer, normalize_answer
+from cvlm.data.vqa_answers import clean_answer, normalize_answer
 
 # Scores that are alive at once: 16 MiB of float32, so that 5,000 images x 25,000 texts never stand in memory whole.
 _BLOCK_SCORES = 1 << 22

@@ -7,12 +7,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
 from benchmarks.statistics import arm_summary
 from benchmarks.tasks import RECALL_AT, Scores, score
-from cvlm.config import DataSpec
-from cvlm.data import Examples, load_data
+from cvlm.api import load_split
+from cvlm.data import Examples
 from cvlm.errors import CvlmError
 from cvlm.model import CVLM, load_model
 from cvlm.training import model_inputs, predict
@@ -62,7 +61,7 @@ def evaluate(
     model = model if isinstance(model, CVLM) else load_model(model)
     if task is not None and task != model.task:
         raise CvlmError(f"the model {name} was built for task {model.task!r}, not {task!r}")
-    examples = data if isinstance(data, Examples) else _load_split(data, model, split)
+    examples = data if isinstance(data, Examples) else load_split(data, model, split)
     _check_scorable(model.task, examples)
     if model.task == "vqa" and examples.answers != model.answers:
         raise CvlmError(
@@ -99,26 +98,6 @@ def _metrics(scores: Scores) -> dict[str, Any]:
         name: {"definition": METRIC_DEFINITIONS[name], **arm_summary(values[None], scores.clusters[name])}
         for name, values in scores.values.items()
     }
-
-
-def _load_split(data: str | Path | dict[str, Any], model: CVLM, split: str) -> Examples:
-    if split not in ("train", "test"):
-        raise CvlmError(f"split is {split!r}; use train or test")
-    if isinstance(data, dict):
-        raw = data
-    elif Path(data).is_dir():
-        raw = {"kind": "jsonl", "path": str(data), "answers": model.answers or None}
-    else:
-        raw = {"kind": str(data)}
-    try:
-        spec = TypeAdapter(DataSpec).validate_python(raw)
-    except ValidationError as error:
-        raise CvlmError(
-            f"data {data!r} is neither a folder with train.jsonl and test.jsonl nor a data kind: "
-            + "; ".join(": ".join([*map(str, item["loc"][1:]), item["msg"]]) for item in error.errors())
-        ) from error
-    splits = load_data(spec, model.task)
-    return splits.train if split == "train" else splits.test
 
 
 def write_result(result: dict[str, Any], path: Path) -> None:

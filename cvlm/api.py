@@ -7,12 +7,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from cvlm.config import EngineSpec, FusionSpec, ObjectiveSpec, PhaseSpec, StudentSpec, TextSpec, VisionSpec
+from cvlm.config import DataSpec, EngineSpec, FusionSpec, ObjectiveSpec, PhaseSpec, StudentSpec, TextSpec, VisionSpec
 from cvlm.cost import PhaseCost
-from cvlm.data import Examples
+from cvlm.data import Examples, load_data
 from cvlm.errors import CvlmError
 from cvlm.model import CVLM, compose
 from cvlm.training import (
@@ -73,24 +73,33 @@ def build(
     )
 
 
-def load_teacher(name: str | Path | CVLM | Teacher, *, kind: str | None = None, **settings: Any) -> Teacher:
+def load_teacher(
+    name: str | Path | CVLM | Teacher, *, kind: str | None = None, task: str | None = None, **settings: Any
+) -> Teacher:
     """Load a teacher.
 
     Args:
-        name: a folder of a trained CVLM, a trained CVLM, an object that keeps the `distill.Teacher` protocol, or with
-            `kind` the name of a model of that kind.
-        kind: a key of `distill.TEACHERS`, such as `flava` or `vilt`; None for a CVLM.
+        name: a folder of a trained CVLM or of a transformers model; `hf:` and a hub name, such as
+            `hf:facebook/flava-full`; a trained CVLM; or an object that keeps the `distill.Teacher` protocol.
+        kind: a key of `distill.TEACHERS`, where the model's own configuration shall not decide.
+        task: checked against a CVLM's own.
         **settings: settings of that kind.
 
     Raises:
-        CvlmError: there is no such model.
+        CvlmError: there is no such model, or it was trained for another task.
         DistillError: the model cannot be a teacher of that kind.
     """
-    if isinstance(name, CVLM) or (kind in (None, "cvlm") and isinstance(name, str | Path)):
-        return load_cvlm_teacher(name)
-    if kind is not None:
-        return load_other_teacher(kind, name=name, **settings)
-    return load_other_teacher(name)  # type: ignore[arg-type]  # a ready teacher: paths were taken care of above
+    if isinstance(name, CVLM):
+        teacher: Teacher = load_cvlm_teacher(name)
+    elif kind is not None:
+        teacher = load_other_teacher(kind, name=name, **settings)
+    elif isinstance(name, str | Path) and not str(name).startswith("hf:") and not Path(name).is_dir():
+        teacher = load_cvlm_teacher(name)  # a hub name; the loader's message says what else it could have been
+    else:
+        teacher = load_other_teacher(name, **settings)
+    if task is not None and isinstance(teacher, CvlmTeacher) and teacher.model.task != task:
+        raise CvlmError(f"the teacher {teacher.name} was trained for task {teacher.model.task!r}, not {task!r}")
+    return teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +121,7 @@ def distill(
     model: CVLM,
     teacher: Teacher | CVLM | None,
     *,
-    data: Examples,
+    data: Examples | str | Path | dict[str, Any],
     objectives: Sequence[str | Mapping[str, Any] | Objective] = ("labels", "logits", "cross_attention"),
     out: str | Path | None = None,
     features: str | Path | None = None,
@@ -126,7 +135,8 @@ def distill(
     Args:
         model: the student; trained in place.
         teacher: the teacher, live in every step; None for objectives that need none.
-        data: the training pairs; pairs whose label is hidden are used by teacher-based objectives alone.
+        data: the training pairs, or what `load_split` takes, for its training split; pairs whose label is hidden are
+            used by teacher-based objectives alone.
         objectives: names, mappings with `kind`, or instances.
         out: folder for checkpoints and TensorBoard events; a call that was interrupted resumes from it. None keeps
             nothing.
@@ -145,6 +155,7 @@ def distill(
     device = "cuda" if torch.cuda.is_available() and (engine is None or engine.device == "auto") else "cpu"
     source: Teacher | None = CvlmTeacher(teacher) if isinstance(teacher, CVLM) else teacher
     check_teacher(model, source, terms)
+    data = data if isinstance(data, Examples) else load_split(data, model, "train")
     specs = tuple(ObjectiveSpec(kind=term.kind, weight=term.weight) for term in terms)
     try:
         spec = PhaseSpec(**{"pairs": "all", **phase}, objectives=specs)
@@ -170,6 +181,37 @@ def distill(
         )
         cost, log = train_phase(job)
     return DistillResult(model=model, cost=cost, log=log)
+
+
+def load_split(data: str | Path | dict[str, Any], model: CVLM, split: str) -> Examples:
+    """Load the split of a data set that fits a model.
+
+    Args:
+        data: the name of a data kind such as `easy_vqa`; a folder with `train.jsonl` and `test.jsonl`; or a mapping
+            with the keys of a data specification.
+        model: gives the task, and the answer vocabulary where the data does not fix one.
+        split: `train` or `test`.
+
+    Raises:
+        CvlmError: the data or the split does not exist, or does not fit the task.
+    """
+    if split not in ("train", "test"):
+        raise CvlmError(f"split is {split!r}; use train or test")
+    if isinstance(data, dict):
+        raw = data
+    elif Path(data).is_dir():
+        raw = {"kind": "jsonl", "path": str(data), "answers": model.answers or None}
+    else:
+        raw = {"kind": str(data)}
+    try:
+        spec = TypeAdapter(DataSpec).validate_python(raw)
+    except ValidationError as error:
+        raise CvlmError(
+            f"data {data!r} is neither a folder with train.jsonl and test.jsonl nor a data kind: "
+            + "; ".join(": ".join([*map(str, item["loc"][1:]), item["msg"]]) for item in error.errors())
+        ) from error
+    splits = load_data(spec, model.task)
+    return splits.train if split == "train" else splits.test
 
 
 def check_teacher(model: CVLM, teacher: Teacher | None, objectives: Sequence[Objective]) -> None:

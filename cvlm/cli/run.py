@@ -10,8 +10,10 @@ import os
 import platform
 import shutil
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from benchmarks.tasks import Scores, majority, score
 from cvlm.api import check_teacher, load_teacher
 from cvlm.cli.console import Console
 from cvlm.config import CvlmTeacherSpec, Recipe, SavedTeacherSpec, StudentSpec, TransformersTeacherSpec
-from cvlm.cost import Ledger, PhaseCost, PhaseMeter
+from cvlm.cost import Ledger, PhaseCost, PhaseMeter, machine_info
 from cvlm.data import Examples, Splits, load_data
 from cvlm.errors import CvlmError, unknown_name
 from cvlm.model import CVLM, compose, load_model, save_model
@@ -54,6 +56,7 @@ TEACHER_SEED = 1000
 RANK = int(os.environ.get("RANK", "0"))
 """Of this process under torchrun; every process trains, the first one writes."""
 
+MODULES = {"open_clip_torch": "open_clip"}
 PACKAGES = ("cvlm", "torch", "transformers", "timm", "open_clip_torch", "accelerate", "deepspeed", "numpy")
 
 
@@ -117,10 +120,9 @@ class Run:
                 raise CvlmError(f"{self.out} holds a run of another recipe; choose another --out, or delete the folder")
             self.out.mkdir(parents=True, exist_ok=True)
             path.write_text(resolved, encoding="utf-8")
-            environment: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-            environment |= {name: version(name) for name in PACKAGES}
-            environment |= {"threads": torch.get_num_threads(), "device": self.device}
-            (self.out / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
+            if not (self.out / "environment.json").exists():  # a resumed run keeps the date and place of its beginning
+                text = json.dumps(environment(self.device), indent=2)
+                (self.out / "environment.json").write_text(text, encoding="utf-8")
         except OSError as error:
             raise CvlmError(f"cannot write to the run folder {self.out}: {error.strerror}") from error
 
@@ -163,7 +165,9 @@ class Run:
         """The trained teacher."""
         spec = self.recipe.teacher
         if isinstance(spec, TransformersTeacherSpec):
-            settings = {"head": spec.head, "answers": self.data.train.answers} if spec.head is not None else {}
+            settings: dict[str, Any] = (
+                {"head": spec.head, "answers": self.data.train.answers} if spec.head is not None else {}
+            )
             return load_teacher(spec.name, kind=spec.kind, **settings).to(self.device)
         path = spec.path if isinstance(spec, SavedTeacherSpec) else self.out / "teacher"
         return load_teacher(path).to(self.device)
@@ -309,6 +313,14 @@ class Run:
         return metrics
 
 
-def run_recipe(recipe: Recipe, out: Path, console: Console) -> dict[str, Any]:
-    """Run a recipe into a folder; returns the content of metrics.json."""
-    return Run(recipe=recipe, out=out, console=console).execute()
+def environment(device: str) -> dict[str, Any]:
+    """Describe when, where and with which versions a run began."""
+    return {
+        "begun": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine_info(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES if find_spec(MODULES.get(name, name)) is not None},
+    }

@@ -3,7 +3,9 @@
 import difflib
 import importlib
 import inspect
+import json
 from collections.abc import Callable
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -17,20 +19,24 @@ TEACHERS: dict[str, str] = {
 }
 
 
-def load_teacher(kind_or_name: str | Teacher, /, **settings: Any) -> Teacher:
-    """Build a teacher of a kind in `TEACHERS`, or take a ready one as it is.
+def load_teacher(kind_or_name: str | Path | Teacher, /, **settings: Any) -> Teacher:
+    """Build a teacher of a kind in `TEACHERS`, load one by folder or hub name, or take a ready one as it is.
 
     Args:
-        kind_or_name: a kind, or an object that keeps the `Teacher` protocol (which needs no entry in the table).
-        **settings: what the kind's factory takes, for instance `name="facebook/flava-full"`.
+        kind_or_name: a kind; a folder whose config.json tells the kind; `hf:` and a hub name, likewise; or an object
+            that keeps the `Teacher` protocol (which needs no entry in the table).
+        **settings: what the kind's factory takes, for instance `name="facebook/flava-full"` beside a kind.
 
     Raises:
         DistillError: if the kind is unknown, the settings do not fit its factory, its module is not installed, or an
             object lacks part of the protocol.
     """
-    if not isinstance(kind_or_name, str):
+    if not isinstance(kind_or_name, str | Path):
         return _ready(kind_or_name, settings)
-    factory = _factory(kind_or_name)
+    if str(kind_or_name) not in TEACHERS and (str(kind_or_name).startswith("hf:") or Path(kind_or_name).is_dir()):
+        settings = {"name": str(kind_or_name).removeprefix("hf:"), **settings}
+        kind_or_name = _model_type(settings["name"])
+    factory = _factory(str(kind_or_name))
     try:
         inspect.signature(factory).bind(**settings)
     except TypeError as error:
@@ -40,6 +46,23 @@ def load_teacher(kind_or_name: str | Teacher, /, **settings: Any) -> Teacher:
         ) from error
     teacher: Teacher = factory(**settings)
     return teacher
+
+
+def _model_type(name: str) -> str:
+    """Read which kind of model a folder or a hub repository holds."""
+    path = Path(name) / "config.json"
+    if Path(name).is_dir():
+        try:
+            kind = str(json.loads(path.read_text(encoding="utf-8")).get("model_type"))
+        except (OSError, ValueError, AttributeError) as error:
+            raise DistillError(f"{name} holds no model: its config.json cannot be read ({error})") from error
+    else:
+        from distill.teachers.transformers_common import read_config
+
+        kind = str(read_config(name)[1].model_type)
+    if kind not in TEACHERS:
+        raise DistillError(f"{name} holds a model of type {kind!r}, which is no kind of teacher: {sorted(TEACHERS)}")
+    return kind
 
 
 def _ready(teacher: Any, settings: dict[str, Any]) -> Teacher:

@@ -72,6 +72,14 @@ class Parts:
         return digest.hexdigest()
 
 
+def read_config(name: str | Path, *, example: str = "facebook/flava-full") -> tuple[str, Any]:
+    """Find a model of any type and read its configuration; see `load_config`."""
+    from transformers import AutoConfig
+
+    source = _source(name, example)
+    return source, _attempt(AutoConfig.from_pretrained, source, what="configuration")
+
+
 def load_config(name: str | Path, *, model_type: str, example: str) -> tuple[str, Any]:
     """Find a model and read its configuration.
 
@@ -86,10 +94,7 @@ def load_config(name: str | Path, *, model_type: str, example: str) -> tuple[str
     Raises:
         DistillError: if the folder is missing, the hub has no such model or is out of reach, or it is another type.
     """
-    from transformers import AutoConfig
-
-    source = _source(name, example)
-    config = _attempt(AutoConfig.from_pretrained, source, what="configuration")
+    source, config = read_config(name, example=example)
     if config.model_type != model_type:
         raise DistillError(
             f"{str(name)!r} is a model of type {config.model_type!r}, a {model_type} teacher needs {model_type!r}; "

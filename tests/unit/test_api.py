@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import cvlm
+import distill
 from cvlm.config import StudentSpec
 from cvlm.data import Examples
 from cvlm.errors import CvlmError
@@ -240,3 +241,15 @@ def test_importing_cvlm_is_light_and_every_public_name_exists() -> None:
     assert all(getattr(cvlm, name) is not None for name in cvlm.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'distil'"):
         _ = cvlm.distil  # type: ignore[attr-defined]
+
+
+def test_a_folder_tells_what_kind_of_teacher_it_holds(tmp_path):
+    from tiny_vlms import save_flava
+
+    folder = save_flava(tmp_path)
+    for load in (cvlm.load_teacher, distill.load_teacher):
+        assert load(folder).name == f"flava ({folder})"
+        assert load(f"hf:{folder}").depth == 3
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(distill.DistillError, match="model of type 'gpt2', which is no kind of teacher"):
+        cvlm.load_teacher(folder)
