@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.metrics import RetrievalRanks, ranks_from_scores, retrieval_ranks
-from cvlm.data import Examples
+from benchmarks.metrics import RetrievalRanks, ranks_from_scores, retrieval_ranks, vqa_accuracy
+from cvlm.data import Examples, SoftLabels
 from cvlm.errors import CvlmError
 from cvlm.training import Prediction
 
@@ -55,14 +55,30 @@ class Scores:
 def score(task: str, examples: Examples, prediction: Prediction) -> Scores:
     """Score a prediction by the task's official rule.
 
-    `vqa`: accuracy of the highest-scored answer. `retrieval`: recall@1/5/10 both ways over all pictures and texts of
+    `vqa`: accuracy of the highest-scored answer, see `answer_accuracy`. `retrieval`: recall@1/5/10 both ways over all pictures and texts of
     the split; where a matching head re-ranked candidates, those stand above all others, by match score.
     """
     if task == "vqa":
         assert prediction.logits is not None, "a vqa model gives logits"
-        correct = (prediction.logits.argmax(-1) == examples.labels).astype(np.float64)
+        correct = answer_accuracy(examples, prediction.logits.argmax(-1))
         return Scores(values={"accuracy": correct}, clusters={"accuracy": examples.image_of})
     return _score_retrieval(examples, prediction)
+
+
+def answer_accuracy(examples: Examples, chosen: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Score one answer per pair: by the official VQA accuracy where people's answers are known, else right or wrong.
+
+    Args:
+        examples: the split.
+        chosen: `[n]` index of each pair's answer.
+    """
+    if examples.references:
+        pairs = zip(chosen, examples.references, strict=True)
+        return np.array([vqa_accuracy(examples.answers[answer], people) for answer, people in pairs])
+    if isinstance(examples.labels, SoftLabels):
+        rows = (examples.labels.row(position) for position in range(len(examples)))
+        return np.array([row.get(int(answer), 0.0) for answer, row in zip(chosen, rows, strict=True)])
+    return (chosen == examples.labels).astype(np.float64)
 
 
 def majority(train: Examples, test: Examples) -> Scores:
@@ -70,16 +86,25 @@ def majority(train: Examples, test: Examples) -> Scores:
 
     It sees every training label, also those that the student does not.
     """
-    known = train.labels >= 0
-    if not known.any():
-        raise CvlmError(f"no training pair of {train.name} has an answer; the majority baseline needs some")
-    overall = Counter(train.labels[known].tolist()).most_common(1)[0][0]
+    overall: Counter[int] = Counter()  # of score, which is a fraction for soft labels
     per_text: dict[str, Counter[int]] = {}
-    for text, label in zip(train.text_of[known], train.labels[known], strict=True):
-        per_text.setdefault(train.texts[text], Counter())[int(label)] += 1
-    best = {text: counts.most_common(1)[0][0] for text, counts in per_text.items()}
-    guess = np.array([best.get(test.texts[text], overall) for text in test.text_of])
-    return Scores(values={"accuracy": (guess == test.labels).astype(np.float64)}, clusters={"accuracy": test.image_of})
+    for position in train.labelled:
+        given = _answers_of(train, position)
+        overall.update(given)
+        per_text.setdefault(train.texts[train.text_of[position]], Counter()).update(given)
+    if not overall:
+        raise CvlmError(f"no training pair of {train.name} has an answer; the majority baseline needs some")
+    best = {text: counts.most_common(1)[0][0] for text, counts in per_text.items() if counts}
+    fallback = overall.most_common(1)[0][0]
+    guess = np.array([best.get(test.texts[text], fallback) for text in test.text_of])
+    return Scores(values={"accuracy": answer_accuracy(test, guess)}, clusters={"accuracy": test.image_of})
+
+
+def _answers_of(examples: Examples, position: int) -> dict[int, float]:
+    """Return answer index -> score of a labelled pair."""
+    if isinstance(examples.labels, SoftLabels):
+        return dict(examples.labels.row(position))
+    return {int(examples.labels[position]): 1.0}
 
 
 def _score_retrieval(examples: Examples, prediction: Prediction) -> Scores:

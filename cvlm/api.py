@@ -19,6 +19,7 @@ from cvlm.training import (
     CvlmTeacher,
     LiveTarget,
     PhaseJob,
+    clear_checkpoints,
     load_cvlm_teacher,
     model_inputs,
     teacher_inputs,
@@ -180,6 +181,7 @@ def distill(
             report=report,
         )
         cost, log = train_phase(job)
+        clear_checkpoints(job.folder)
     return DistillResult(model=model, cost=cost, log=log)
 
 

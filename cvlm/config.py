@@ -168,7 +168,25 @@ class JsonLinesData(Strict):
     limit: int | None = Field(default=None, ge=1)
 
 
-DataSpec = Annotated[EasyVqaData | OpenMojiData | JsonLinesData, Field(discriminator="kind")]
+class ShardsData(Strict):
+    """A folder that `cvlm data import` wrote.
+
+    Attributes:
+        path: the folder.
+        evaluate: the split that is scored; None takes the usual one (val of VQA v2, test of Karpathy's).
+        answers: the answer vocabulary; None takes the one of the import.
+        limit: keep the first pairs of each split.
+    """
+
+    kind: Literal["shards"]
+    path: Path
+    evaluate: str | None = None
+    answers: tuple[str, ...] | None = None
+    labelled: float = Field(default=1.0, gt=0, le=1)
+    limit: int | None = Field(default=None, ge=1)
+
+
+DataSpec = Annotated[EasyVqaData | OpenMojiData | JsonLinesData | ShardsData, Field(discriminator="kind")]
 
 
 class ObjectiveSpec(Strict):
@@ -375,5 +393,13 @@ def _explain(item: Any) -> str:
 def _all_keys() -> list[str]:
     """Every key that any specification knows."""
     specs: list[type[BaseModel]] = [Recipe, PhaseSpec, EngineSpec, StudentSpec, VisionSpec, TextSpec, FusionSpec]
-    specs += [EasyVqaData, OpenMojiData, JsonLinesData, CvlmTeacherSpec, SavedTeacherSpec, TransformersTeacherSpec]
+    specs += [
+        EasyVqaData,
+        OpenMojiData,
+        JsonLinesData,
+        ShardsData,
+        CvlmTeacherSpec,
+        SavedTeacherSpec,
+        TransformersTeacherSpec,
+    ]
     return sorted({key for spec in specs for key in spec.model_fields})

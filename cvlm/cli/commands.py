@@ -25,6 +25,8 @@ from fusion import BLOCKS
 
 transformers.utils.logging.disable_progress_bar()
 
+NO_FUSION = "Two towers that meet in a shared space (CLIP): the projections alone."
+
 
 def build(arguments: argparse.Namespace) -> None:
     """Compose a model, save it, and print its size table."""
@@ -79,6 +81,7 @@ def bench(arguments: argparse.Namespace) -> None:
         task=arguments.task,
         split=arguments.split,
         rerank=arguments.rerank,
+        device=arguments.device,
         progress=console.bar("frozen towers"),
     )
     rows = [
@@ -111,7 +114,11 @@ def show_list(arguments: argparse.Namespace) -> None:
         rows3 += [("text", name, scheme.example) for name, scheme in TEXT_SCHEMES.items()]
         console.table("Encoders", ("tower", "scheme", "example"), rows3)
     else:
-        tables = {"fusions": dict.fromkeys(BLOCKS, ""), "teachers": TEACHERS, "tasks": TASKS, "formats": DATA_KINDS}
+        fusions = {
+            kind: (block.__doc__ or "").split("\n")[0] if block is not None else NO_FUSION
+            for kind, block in BLOCKS.items()
+        }
+        tables = {"fusions": fusions, "teachers": TEACHERS, "tasks": TASKS, "formats": DATA_KINDS}
         console.table(arguments.what.capitalize(), ("name", "what"), sorted(tables[arguments.what].items()))
 
 
@@ -129,7 +136,8 @@ def _objective_rows() -> Sequence[tuple[str, ...]]:
     rows = []
     for name, kind in OBJECTIVES.items():
         example = kind()
-        needs = (", ".join(sorted(side)) or "-" for side in (example.student_needs, example.teacher_needs))
+        missing = example.missing(frozenset(), frozenset())
+        needs = (", ".join(sorted(missing[side])) or "-" for side in ("student", "teacher"))
         rows.append((name, *needs, kind.source))
     return rows
 

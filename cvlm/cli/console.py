@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from tqdm import tqdm
 
 
+NUMBER_STARTS = set("0123456789+-<") | {""}
+
+
 class Console:
     """Progress and tables of one command.
 
@@ -51,12 +54,13 @@ class Console:
         print(text)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table: the first column to the left, the others to the right."""
+        """Print a table: columns of numbers to the right, others to the left."""
+        numbers = [all(row[i][:1] in NUMBER_STARTS for row in rows) for i in range(len(header))]
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
         def line(row: Sequence[str]) -> str:
-            first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            return "  ".join([row[0].ljust(len(first)), *others]).rstrip()
+            columns = zip(row, widths, numbers, strict=True)
+            return "  ".join(c.rjust(width) if number else c.ljust(width) for c, width, number in columns).rstrip()
 
         self.say()
         self.say(title)

@@ -13,7 +13,7 @@ from cvlm.errors import CvlmError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for a mistake in what the user gave."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     _quieten()
     from cvlm.cli import commands
     from distill.errors import DistillError
@@ -23,10 +23,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CvlmError, DistillError) as error:
         print(f"cvlm {arguments.command}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the tables has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print(f"cvlm {arguments.command}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; key=value overrides may stand anywhere behind the recipe, also after options."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    misplaced = [item for item in rest if "=" not in item or item.startswith("-")]
+    if misplaced or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(misplaced or rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--task", help="checked against the model's own")
     bench.add_argument("--split", default="test", help="train or test")
     bench.add_argument("--rerank", type=int, default=16, help="candidates that a matching head re-scores")
+    bench.add_argument("--device", default="cpu", help="where to run, such as cuda")
     bench.add_argument("--out", type=Path, help="result file (JSON)")
     bench.add_argument("--quiet", action="store_true", help="no progress bars")
 

@@ -36,6 +36,7 @@ from cvlm.training import (
     ModelInputs,
     PhaseJob,
     TargetSource,
+    clear_checkpoints,
     initialise_from_teacher,
     model_inputs,
     predict,
@@ -44,7 +45,6 @@ from cvlm.training import (
     teacher_inputs,
     train_phase,
 )
-from cvlm.training.phase import clear_checkpoints
 from distill import Objective, Request, Teacher, build_objective
 from distill.targets import STORABLE
 

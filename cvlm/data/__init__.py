@@ -1,6 +1,7 @@
 """Data sets as image-text pairs, and the stored outputs of frozen encoders over them."""
 
-from cvlm.config import EasyVqaData, JsonLinesData, OpenMojiData
+from cvlm.config import EasyVqaData, JsonLinesData, OpenMojiData, ShardsData
+from cvlm.data.answers import SoftLabels
 from cvlm.data.examples import UNLABELLED, Examples, Picture, PictureFile, Splits, index_texts
 from cvlm.data.features import StoredTokens, encode_once
 
@@ -8,16 +9,17 @@ DATA_KINDS: dict[str, str] = {
     "easy_vqa": "easy-VQA from its PyPI package, official split",
     "openmoji": "OpenMoji pictures and emoji names, split by concept",
     "jsonl": "your own folder with train.jsonl and test.jsonl",
+    "shards": "a folder that cvlm data import wrote",
 }
 
 
-def load_data(spec: EasyVqaData | OpenMojiData | JsonLinesData, task: str) -> Splits:
+def load_data(spec: EasyVqaData | OpenMojiData | JsonLinesData | ShardsData, task: str) -> Splits:
     """Load the splits of a data specification for a task.
 
     Raises:
         CvlmError: the data is missing, damaged, or made for another task.
     """
-    from cvlm.data import easy_vqa, json_lines, openmoji
+    from cvlm.data import easy_vqa, from_shards, json_lines, openmoji
     from cvlm.errors import CvlmError
 
     made_for = {"easy_vqa": "vqa", "openmoji": "retrieval"}.get(spec.kind, task)
@@ -27,6 +29,8 @@ def load_data(spec: EasyVqaData | OpenMojiData | JsonLinesData, task: str) -> Sp
         return easy_vqa.load(spec)
     if isinstance(spec, OpenMojiData):
         return openmoji.load(spec)
+    if isinstance(spec, ShardsData):
+        return from_shards.load(spec, task)
     return json_lines.load(spec, task)
 
 
@@ -36,6 +40,7 @@ __all__ = [
     "Examples",
     "Picture",
     "PictureFile",
+    "SoftLabels",
     "Splits",
     "StoredTokens",
     "encode_once",

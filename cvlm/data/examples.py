@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cvlm.data.answers import UNLABELLED, SoftLabels
 from cvlm.encoders.pictures import to_rgb
 from cvlm.errors import CvlmError
-
-UNLABELLED = -100
 
 
 class Picture(Protocol):
@@ -71,8 +70,13 @@ class Examples:
         texts: distinct texts.
         image_of: `[n]` picture index of each pair.
         text_of: `[n]` text index of each pair.
-        labels: `[n]` answer index (vqa) or picture group (retrieval); `UNLABELLED` where it is hidden.
+        labels: `[n]` answer index (vqa) or picture group (retrieval), `UNLABELLED` where it is hidden; or for vqa soft
+            scores, whose rows are `[n_answers]`.
         answers: the answer vocabulary, for vqa.
+        references: what people answered to each pair's question, for the official VQA accuracy; empty where the label
+            is the only truth.
+        types: question type of each pair, for breakdowns; may be empty.
+        ids: each pair's question or caption id in its source; may be empty.
     """
 
     name: str
@@ -81,12 +85,19 @@ class Examples:
     texts: tuple[str, ...]
     image_of: NDArray[np.int64]
     text_of: NDArray[np.int64]
-    labels: NDArray[np.int64]
+    labels: NDArray[np.int64] | SoftLabels
     answers: tuple[str, ...] = field(default=())
+    references: tuple[tuple[str, ...], ...] = field(default=())
+    types: tuple[str, ...] = field(default=())
+    ids: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
         if not len(self):
             raise CvlmError(f"the {self.split} split of {self.name} is empty")
+        for name in ("references", "types", "ids"):
+            given = len(getattr(self, name))
+            if given not in (0, len(self)):
+                raise ValueError(f"{name} has {given} entries for {len(self)} pairs")
 
     def __len__(self) -> int:
         return len(self.image_of)
@@ -94,7 +105,8 @@ class Examples:
     @property
     def labelled(self) -> NDArray[np.int64]:
         """Indices of the pairs that have a label."""
-        return np.flatnonzero(self.labels >= 0)
+        known = self.labels.known if isinstance(self.labels, SoftLabels) else self.labels >= 0
+        return np.flatnonzero(known)
 
     def hide_labels(self, share: float, seed: int) -> "Examples":
         """Keep a random share of the labels (at least one); a larger share of the same seed keeps those and more."""
@@ -102,6 +114,8 @@ class Examples:
             return self
         number = max(1, round(share * len(self.labelled)))
         kept = np.random.default_rng([seed, 0x1ABE1]).permutation(self.labelled)[:number]
+        if isinstance(self.labels, SoftLabels):
+            return replace(self, labels=self.labels.hide_all_but(kept))
         labels = np.full_like(self.labels, UNLABELLED)
         labels[kept] = self.labels[kept]
         return replace(self, labels=labels)
@@ -118,7 +132,10 @@ class Examples:
             texts=tuple(self.texts[i] for i in texts),
             image_of=image_of,
             text_of=text_of,
-            labels=self.labels[:number],
+            labels=self.labels.first(number) if isinstance(self.labels, SoftLabels) else self.labels[:number],
+            references=self.references[:number],
+            types=self.types[:number],
+            ids=self.ids[:number],
         )
 
     @cached_property

@@ -37,8 +37,11 @@ def compose(
     vision = vision if vision is not None else load_vision_encoder(spec.vision)
     text = text if text is not None else load_text_encoder(spec.text)
     model = CVLM(spec, task=task, vision=vision, text=text, answers=answers)
-    set_trainable(model.vision, spec.vision.train)
-    set_trainable(model.text, spec.text.train)
+    for tower in TOWERS:
+        encoder_spec = getattr(spec, tower)
+        # An instance of the user's own class keeps what its owner froze; it is only ever frozen as a whole here.
+        if encoder_spec.name != "custom" or encoder_spec.train == "frozen":
+            set_trainable(getattr(model, tower), encoder_spec.train)
     return model
 
 

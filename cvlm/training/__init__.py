@@ -1,7 +1,7 @@
 """Where student, teacher signal and data meet."""
 
 from cvlm.training.inputs import ModelInputs, model_inputs
-from cvlm.training.phase import PhaseJob, requests, train_phase
+from cvlm.training.phase import PhaseJob, clear_checkpoints, requests, train_phase
 from cvlm.training.predict import Prediction, predict
 from cvlm.training.target import BuiltTargets, LiveTarget, StoredTarget, TargetSource, store_targets, teacher_inputs
 from cvlm.training.teacher import CvlmTeacher, initialise_from_teacher, load_cvlm_teacher
@@ -15,6 +15,7 @@ __all__ = [
     "Prediction",
     "StoredTarget",
     "TargetSource",
+    "clear_checkpoints",
     "initialise_from_teacher",
     "load_cvlm_teacher",
     "model_inputs",

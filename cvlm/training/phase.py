@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,13 @@ def _fit(
     earlier = None
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
-        earlier = PhaseCost.from_json(json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")))
+        mark = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+        if mark["identity"] != _identity(job):
+            raise CvlmError(
+                f"{job.folder} holds the checkpoints of another phase (other student, data, objectives or settings); "
+                "choose another folder, or delete it"
+            )
+        earlier = PhaseCost.from_json(mark["cost"])
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     with PhaseMeter(device=str(arguments.device), local_rank=rank, resume_from=earlier) as meter:
         samples = arguments.train_batch_size * arguments.gradient_accumulation_steps
@@ -146,7 +153,7 @@ def _fit(
             teacher_signal=None if target is None else lambda batch: target.signal(batch, teacher_request),
             callbacks=[
                 StepProgress(report),
-                ResumeMarks(lambda: meter.cost.to_json()),
+                ResumeMarks(_identity(job), lambda: meter.cost.to_json()),
                 TensorBoardCallback(SummaryWriter(str(job.folder / "tensorboard"))),
             ],
         )
@@ -159,6 +166,17 @@ def _fit(
     module.eval()
     log = [record for record in trainer.state.log_history if "loss" in record]
     return merge_ranks(gather_object([meter.cost])), log
+
+
+def _identity(job: PhaseJob) -> str:
+    """Fingerprint of everything that a phase's trajectory depends on, apart from the starting weights."""
+    terms = [(term.kind, sorted(_plain(vars(term)).items())) for term in job.objectives]
+    settings = (job.student.spec, job.student.task, job.phase, job.engine.precision, job.seed, terms)
+    return sha256(f"{settings}|{job.inputs.examples.fingerprint}|{job.index.tobytes()!r}".encode()).hexdigest()
+
+
+def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in attributes.items() if isinstance(v, str | float | list | tuple) or type(v) is int}
 
 
 def _partitions_weights(trainer: PhaseTrainer) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
+from torch import nn
 
 from cvlm.encoders import fingerprint
 from cvlm.errors import CvlmError
@@ -101,8 +102,13 @@ def initialise_from_teacher(student: CVLM, teacher: Teacher) -> list[str]:
     return copied
 
 
-def load_cvlm_teacher(name: str | Path | CVLM, **_: Any) -> CvlmTeacher:
-    """Make a teacher of a model folder, a hub name, or a loaded model."""
+def load_cvlm_teacher(name: str | Path | CVLM, **encoders: nn.Module) -> CvlmTeacher:
+    """Make a teacher of a model folder, a hub name, or a loaded model.
+
+    Args:
+        name: where the model is.
+        **encoders: `vision` and `text`, where the saved model was built with instances of the user's own classes.
+    """
     if isinstance(name, CVLM):
         return CvlmTeacher(name)
-    return CvlmTeacher(load_model(name), name=f"cvlm ({name})")
+    return CvlmTeacher(load_model(name, **encoders), name=f"cvlm ({name})")

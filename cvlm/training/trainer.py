@@ -119,20 +119,23 @@ class PhaseTrainer(Trainer):
 
 
 class ResumeMarks(TrainerCallback):
-    """Marks finished checkpoints, with what the phase has cost so far.
+    """Marks finished checkpoints, with the phase they belong to and what it has cost so far.
 
     Args:
+        identity: of the phase; a checkpoint of another one is not resumed from.
         spent: returns the cost up to now as plain data.
     """
 
-    def __init__(self, spent: Callable[[], dict[str, Any]]) -> None:
-        self._spent = spent
+    def __init__(self, identity: str, spent: Callable[[], dict[str, Any]]) -> None:
+        self._identity, self._spent = identity, spent
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         """Write the mark behind everything else."""
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            (folder / COMPLETE).write_text(json.dumps(self._spent()), encoding="utf-8")
+            (folder / COMPLETE).write_text(
+                json.dumps({"identity": self._identity, "cost": self._spent()}), encoding="utf-8"
+            )
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:

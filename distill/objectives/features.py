@@ -16,7 +16,7 @@ class Hidden(LayerObjective):
     al. 2015, eq. 3), at the words that both tokenizers share.
 
     Args:
-        on: `hidden` compares text states of fusion layers, `pooled` the vector that the head reads.
+        states: `hidden` compares text states of fusion layers, `pooled` the vector that the head reads.
         layers: layer map for `hidden`.
         weight: factor of this term.
     """
@@ -24,17 +24,17 @@ class Hidden(LayerObjective):
     kind = "hidden"
     source = "FitNets (Romero et al. 2015), eq. 3"
 
-    def __init__(self, *, on: str = "hidden", layers: LayerMap = "last", weight: float = 1.0) -> None:
+    def __init__(self, *, states: str = "hidden", layers: LayerMap = "last", weight: float = 1.0) -> None:
         super().__init__(layers=layers, weight=weight)
-        if on not in ("hidden", "pooled"):
-            raise DistillError(f"objective {self.kind!r}: on is {on!r}; use hidden or pooled")
-        self.on = on
-        self.student_needs = self.teacher_needs = frozenset({on})
+        if states not in ("hidden", "pooled"):
+            raise DistillError(f"objective {self.kind!r}: states is {states!r}; use hidden or pooled")
+        self.states = states
+        self.student_needs = self.teacher_needs = frozenset({states})
         self.regressors = nn.ModuleList()
 
     def requests(self, student_depth: int, teacher_depth: int) -> tuple[Request, Request]:
         """Ask both sides for the paired layers' states, or for the pooled vector."""
-        if self.on == "pooled":
+        if self.states == "pooled":
             return Request(fields=self.student_needs), Request(fields=self.teacher_needs)
         pairs = self.resolve(student_depth, teacher_depth)
         return tuple(  # type: ignore[return-value]
@@ -60,7 +60,7 @@ class Hidden(LayerObjective):
         return total, torch.stack([count for _, count in losses]).amax()
 
     def _state_pairs(self, student: Signal, teacher: Signal | None) -> list[tuple[Tensor, Tensor]]:
-        s, t = self.take(student, "student", self.on), self.take(teacher, "teacher", self.on)
+        s, t = self.take(student, "student", self.states), self.take(teacher, "teacher", self.states)
         if isinstance(s, Tensor) and isinstance(t, Tensor):
             return [(s, t.detach())]
         assert isinstance(s, Mapping)

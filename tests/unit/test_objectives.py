@@ -80,10 +80,12 @@ DISTILLING = [
     ("cross_attention", {}),
     ("cross_attention", {"directions": BOTH, "layers": "uniform"}),
     ("hidden", {"layers": "uniform"}),
-    ("hidden", {"on": "pooled"}),
+    ("hidden", {"states": "pooled"}),
 ]
 PER_EXAMPLE = [case for case in DISTILLING if case[0] != "similarity"]
-ALIGNED = [case for case in DISTILLING if case[0] in ("cross_attention", "hidden") and case[1].get("on") != "pooled"]
+ALIGNED = [
+    case for case in DISTILLING if case[0] in ("cross_attention", "hidden") and case[1].get("states") != "pooled"
+]
 
 
 def named(cases):
@@ -549,7 +551,7 @@ def test_hidden_compares_words_through_its_regressor():
 
 
 def test_hidden_on_the_pooled_vector():
-    objective = ready("hidden", {"on": "pooled"})
+    objective = ready("hidden", {"states": "pooled"})
     loss, count = objective(student(), teacher())
     (regressor,) = objective.regressors
     expected = (regressor(student().pooled) - teacher().pooled).square().mean(-1).sum()
@@ -658,7 +660,7 @@ def test_layers_that_do_not_exist_are_refused_before_the_first_step(layers):
         ("cross_attention", {"heads": "max"}, "heads is 'max'; use mean"),
         ("cross_attention", {"directions": "sideways"}, "directions is 'sideways'; use text_to_image or image_to_text"),
         ("cross_attention", {"directions": []}, r"directions is \[\]; use text_to_image or image_to_text"),
-        ("hidden", {"on": "logits"}, "on is 'logits'; use hidden or pooled"),
+        ("hidden", {"states": "logits"}, "states is 'logits'; use hidden or pooled"),
     ],
 )
 def test_bad_settings_are_refused(kind, settings, message):

@@ -209,3 +209,17 @@ def test_nothing_to_train_on_is_refused(examples, tmp_path):
     none = replace(examples, labels=np.full(len(examples), -100))
     with pytest.raises(CvlmError, match=r"0 pair\(s\) to train on"):
         train_phase(make_job(make_model(examples), none, tmp_path, pairs="labelled"))
+
+
+def test_checkpoints_of_another_phase_are_refused(examples, tmp_path):
+    class KilledError(Exception):
+        pass
+
+    def kill(step, steps, loss):
+        if step == 8:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train_phase(make_job(make_model(examples), examples, tmp_path, report=kill))
+    with pytest.raises(CvlmError, match="holds the checkpoints of another phase"):
+        train_phase(make_job(make_model(examples), examples, tmp_path, learning_rate=5e-4))

@@ -1,0 +1,341 @@
+"""`cvlm data import`: from a source to shards, on several processes, resumable, with the same bytes in any case.
+
+What goes into which shard is settled before the first one is written, so workers share nothing. A shard counts as done
+once its index file stands; after a kill the same command writes what is missing.
+"""
+
+import ctypes
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from cvlm.data.answers import build_vocabulary, coverage, default_min_count
+from cvlm.data.importers import ImportOptions, Source, read_source
+from cvlm.data.importers.records import Sample, check_budget
+from cvlm.data.pixels import Resize, check, shrink
+from cvlm.data.shard_index import (
+    INDEX,
+    PLAN,
+    SCHEMA,
+    FolderIndex,
+    ShardEntry,
+    ShardIndex,
+    Skipped,
+    index_name,
+    read_folder_index,
+    read_shard_index,
+    write_folder_index,
+    write_json,
+)
+from cvlm.data.shards import ShardWriter, make_key
+from cvlm.errors import CvlmError
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSettings:
+    """How to import.
+
+    Attributes:
+        source: see `ImportOptions`.
+        resize: shrink pictures; None keeps their bytes.
+        min_count: how often an answer must occur to enter the vocabulary; None as `default_min_count` says.
+        shard_samples: pictures per shard.
+        workers: processes; None takes one per core. It changes no byte.
+    """
+
+    source: ImportOptions = field(default_factory=ImportOptions)
+    resize: Resize | None = None
+    min_count: int | None = None
+    shard_samples: int = 512
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("min_count", "shard_samples", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CvlmError(f"{name.replace('_', ' ')} is {value}; give at least 1")
+        if not 0 <= self.source.skip <= 1:
+            raise CvlmError(f"skip is {self.source.skip}; it is a share between 0 and 1")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what changes the result."""
+        return {
+            "skip": self.source.skip,
+            "columns": dict(self.source.columns),
+            "resize": asdict(self.resize) if self.resize is not None else None,
+            "min_count": self.min_count,
+            "shard_samples": self.shard_samples,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardJob:
+    """What one worker does at a time: one shard."""
+
+    folder: Path
+    name: str
+    samples: list[Sample]
+    keys: list[str]
+    resize: Resize | None
+
+
+def import_data(
+    data_format: str, path: Path, out: Path, settings: ImportSettings, progress: Progress | None = None
+) -> FolderIndex:
+    """Import a data set into the folder `out`, or finish an import that was stopped.
+
+    Args:
+        data_format: a key of `cvlm.data.importers.FORMATS`.
+        path: the source.
+        out: a folder that is new, empty, or holds this very import.
+        settings: see there.
+        progress: called with (samples done, all samples).
+
+    Raises:
+        CvlmError: the source is damaged beyond `skip`, or `out` holds something else.
+    """
+    source = read_source(data_format, path, settings.source)
+    jobs = _plan(source, out, settings)
+    fingerprint = _fingerprint(data_format, source, jobs, settings)
+    with _folder(out, fingerprint) as complete:
+        if complete:
+            return read_folder_index(out)
+        shards = _write_all(jobs, settings, progress)
+        index = _summarise(data_format, source, shards, jobs, settings, fingerprint)
+        write_folder_index(out, index)
+    return index
+
+
+def _plan(source: Source, out: Path, settings: ImportSettings) -> list[ShardJob]:
+    jobs = []
+    for split in dict.fromkeys(sample.split for sample in source.samples):
+        samples = [sample for sample in source.samples if sample.split == split]
+        keys = [make_key(sample.id) for sample in samples]
+        for number, start in enumerate(range(0, len(samples), settings.shard_samples)):
+            part = slice(start, start + settings.shard_samples)
+            name = f"{make_key(split)}-{number:06d}.tar"
+            jobs.append(ShardJob(folder=out, name=name, samples=samples[part], keys=keys[part], resize=settings.resize))
+    return jobs
+
+
+def _fingerprint(data_format: str, source: Source, jobs: list[ShardJob], settings: ImportSettings) -> str:
+    """Hash what the result depends on; of the pictures only which ones they are."""
+    plan = [[job.name, [[key, [asdict(t) for t in s.texts]] for key, s in _pairs(job)]] for job in jobs]
+    files = [file.model_dump() for file in source.files]
+    value = [SCHEMA, data_format, source.name, source.rule, files, settings.to_json(), plan]
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _pairs(job: ShardJob) -> Iterator[tuple[str, Sample]]:
+    return zip(job.keys, job.samples, strict=True)
+
+
+@contextmanager
+def _folder(out: Path, fingerprint: str) -> Iterator[bool]:
+    """Hold the folder; yields whether this import stands there complete.
+
+    Raises:
+        CvlmError: it holds other files or another import, or another process is writing to it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with FileLock(out / ".lock", timeout=10):
+            complete = _recognise(out, fingerprint)
+            if not complete:
+                for part in out.glob(".*.part"):
+                    part.unlink(missing_ok=True)
+                write_json(out / PLAN, {"fingerprint": fingerprint})
+            yield complete
+            (out / PLAN).unlink(missing_ok=True)
+        (out / ".lock").unlink(missing_ok=True)
+    except Timeout as error:
+        raise CvlmError(f"another import is writing to {out}; wait for it, or choose another folder") from error
+    except OSError as error:
+        raise CvlmError(f"cannot write to {out}: {error.strerror or error}") from error
+
+
+def _recognise(out: Path, fingerprint: str) -> bool:
+    other = f"{out} holds an import of other data, or with other options; choose another folder, or delete it"
+    if (out / INDEX).exists():
+        if read_folder_index(out).fingerprint != fingerprint:
+            raise CvlmError(other)
+        return True
+    if (out / PLAN).exists():
+        try:
+            stated = json.loads((out / PLAN).read_bytes())
+        except ValueError:
+            stated = None
+        if stated != {"fingerprint": fingerprint}:
+            raise CvlmError(other)
+        return False
+    strangers = [path.name for path in out.iterdir() if not path.name.startswith(".")]
+    if strangers:
+        raise CvlmError(f"{out} is not empty: it holds {strangers[0]!r}; give a new folder")
+    return False
+
+
+def _write_all(jobs: list[ShardJob], settings: ImportSettings, progress: Progress | None) -> list[ShardIndex]:
+    """Write every shard that is missing; returns all indices in the order of the plan."""
+    done: dict[str, ShardIndex] = {}
+    total = sum(len(job.samples) for job in jobs)
+    for index in _written(jobs, settings.workers or _cores()):
+        done[index.name] = index
+        finished = [shard for shard in done.values()]
+        problems = [f"{skip.key}: {skip.reason}" for shard in finished for skip in shard.skipped]
+        check_budget("picture", problems, total, settings.source.skip)
+        if progress is not None:
+            progress(sum(len(shard.samples) + len(shard.skipped) for shard in finished), total)
+    return [done[job.name] for job in jobs]
+
+
+def _written(jobs: list[ShardJob], workers: int) -> Iterator[ShardIndex]:
+    """Yield shard indices as they are finished."""
+    missing = []
+    for job in jobs:
+        index = _stands(job)
+        if index is not None:
+            yield index
+        else:
+            missing.append(job)
+    if workers == 1 or len(missing) < 2:
+        yield from map(write_shard, missing)
+        return
+    # Forked workers start in no time; new interpreters would load torch first. They never touch it.
+    method = "fork" if sys.platform == "linux" else "spawn"
+    pool = ProcessPoolExecutor(
+        min(workers, len(missing)), multiprocessing.get_context(method), _quiet_worker, (os.getpid(),)
+    )
+    try:
+        waiting: set[Future[ShardIndex]] = {pool.submit(write_shard, job) for job in missing}
+        while waiting:
+            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in finished)
+    except BrokenProcessPool as error:
+        raise CvlmError(
+            "a worker of the import was killed (out of memory?); give the same command again, perhaps with --workers 1"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _stands(job: ShardJob) -> ShardIndex | None:
+    """Return the index of a shard that an earlier attempt finished."""
+    path = job.folder / job.name
+    if not (job.folder / index_name(job.name)).exists() or not path.exists():
+        return None
+    index = read_shard_index(job.folder, job.name)
+    return index if index.bytes == path.stat().st_size else None
+
+
+def write_shard(job: ShardJob) -> ShardIndex:
+    """Write one shard; a picture that cannot be read or decoded is left out and noted."""
+    with ShardWriter(job.folder, job.name) as writer:
+        for key, sample in _pairs(job):
+            try:
+                pictures = [_picture(image.read(), sample.id, job.resize) for image in sample.images]
+            except CvlmError as error:
+                writer.skip(key, str(error))
+                continue
+            record = {"id": sample.id, "texts": [text.to_json() for text in sample.texts]}
+            writer.add(key, pictures, record)
+    return writer.index
+
+
+def _picture(data: bytes, where: str, resize: Resize | None) -> tuple[str, bytes]:
+    if resize is not None:
+        return shrink(data, where, resize)
+    return check(data, where)[0], data
+
+
+def _summarise(
+    data_format: str,
+    source: Source,
+    shards: list[ShardIndex],
+    jobs: list[ShardJob],
+    settings: ImportSettings,
+    fingerprint: str,
+) -> FolderIndex:
+    """Put the folder's index together: shards per split, vocabulary, coverage, what was skipped."""
+    lost = {(shard.name, skip.key) for shard in shards for skip in shard.skipped}
+    kept: dict[str, list[Sample]] = {}
+    entries: dict[str, list[ShardEntry]] = {}
+    for job, shard in zip(jobs, shards, strict=True):
+        split = job.samples[0].split
+        kept.setdefault(split, []).extend(s for key, s in _pairs(job) if (job.name, key) not in lost)
+        entries.setdefault(split, []).append(_entry(job.folder, shard))
+    answers, min_count = _vocabulary(source, kept.get("train", []), settings)
+    asked = {split: [text.answers for s in samples for text in s.texts] for split, samples in kept.items()}
+    skipped = [Skipped(key=row, reason=reason) for row, reason in source.skipped]
+    return FolderIndex(
+        schema=SCHEMA,
+        name=source.name,
+        data_format=data_format,
+        task=source.task,
+        rule=source.rule,
+        evaluate=source.evaluate,
+        licence=source.licence,
+        sources=source.files,
+        options=settings.to_json(),
+        fingerprint=fingerprint,
+        splits={split: tuple(found) for split, found in entries.items()},
+        answers=answers,
+        min_count=min_count,
+        coverage={s: coverage(q, answers, source.rule) for s, q in asked.items()} if answers else {},
+        skipped=(*skipped, *(skip for shard in shards for skip in shard.skipped)),
+    )
+
+
+def _entry(folder: Path, shard: ShardIndex) -> ShardEntry:
+    content = (folder / index_name(shard.name)).read_bytes()
+    return ShardEntry(
+        name=shard.name,
+        samples=len(shard.samples),
+        texts=shard.texts,
+        bytes=shard.bytes,
+        sha256=shard.sha256,
+        index_sha256=sha256(content).hexdigest(),
+    )
+
+
+def _vocabulary(source: Source, train: list[Sample], settings: ImportSettings) -> tuple[tuple[str, ...], int]:
+    if source.task != "vqa":
+        return (), 0
+    given = [text.answer for sample in train for text in sample.texts if text.answer is not None]
+    if source.answers is not None:
+        return source.answers, 0
+    min_count = settings.min_count if settings.min_count is not None else default_min_count(len(given))
+    answers = build_vocabulary(given, rule=source.rule, min_count=min_count)
+    if len(answers) < 2:
+        raise CvlmError(
+            f"{len(answers)} answer(s) occur {min_count} times among {len(given)} training questions; an answer "
+            "vocabulary needs 2: lower --min-count"
+        )
+    return answers, min_count
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _quiet_worker(parent: int) -> None:
+    """Leave Ctrl-C to the parent, and do not outlive it: a killed parent cannot call its workers off."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        die_with_parent = 1
+        ctypes.CDLL(None).prctl(die_with_parent, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
