@@ -18,6 +18,7 @@ from cvlm.training import model_inputs, predict
 
 METRIC_DEFINITIONS = {
     "accuracy": "share of questions whose highest-scored answer is the given one",
+    "vqa_accuracy": "official VQA accuracy of the highest-scored answer, see benchmarks.metrics.vqa_accuracy",
     **{
         f"{direction}_recall@{k}": f"share of {query} with a right {answer} among the {k} best of the whole split"
         for direction, query, answer in (
@@ -79,7 +80,7 @@ def evaluate(
         "n": len(examples),
         "data_fingerprint": examples.fingerprint,
         "settings": {"rerank": rerank if model.matching_head is not None else 0, "device": device},
-        "metrics": _metrics(scores),
+        "metrics": _metrics(scores, official=bool(examples.references)),
     }
 
 
@@ -93,9 +94,10 @@ def _check_scorable(task: str, examples: Examples) -> None:
         raise CvlmError(f"{examples.name} ({examples.split}) shows one picture; a score needs at least 2")
 
 
-def _metrics(scores: Scores) -> dict[str, Any]:
+def _metrics(scores: Scores, official: bool) -> dict[str, Any]:
+    definitions = {**METRIC_DEFINITIONS, **({"accuracy": METRIC_DEFINITIONS["vqa_accuracy"]} if official else {})}
     return {
-        name: {"definition": METRIC_DEFINITIONS[name], **arm_summary(values[None], scores.clusters[name])}
+        name: {"definition": definitions[name], **arm_summary(values[None], scores.clusters[name])}
         for name, values in scores.values.items()
     }
 

@@ -55,8 +55,9 @@ class Scores:
 def score(task: str, examples: Examples, prediction: Prediction) -> Scores:
     """Score a prediction by the task's official rule.
 
-    `vqa`: accuracy of the highest-scored answer, see `answer_accuracy`. `retrieval`: recall@1/5/10 both ways over all pictures and texts of
-    the split; where a matching head re-ranked candidates, those stand above all others, by match score.
+    `vqa`: accuracy of the highest-scored answer, see `answer_accuracy`. `retrieval`: recall@1/5/10 both ways over all
+    pictures and texts of the split; where a matching head re-ranked candidates, those stand above all others, by match
+    score.
     """
     if task == "vqa":
         assert prediction.logits is not None, "a vqa model gives logits"

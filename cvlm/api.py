@@ -189,8 +189,8 @@ def load_split(data: str | Path | dict[str, Any], model: CVLM, split: str) -> Ex
     """Load the split of a data set that fits a model.
 
     Args:
-        data: the name of a data kind such as `easy_vqa`; a folder with `train.jsonl` and `test.jsonl`; or a mapping
-            with the keys of a data specification.
+        data: the name of a data kind such as `easy_vqa`; a folder with `train.jsonl` and `test.jsonl`, or one
+            that `cvlm data import` wrote; or a mapping with the keys of a data specification.
         model: gives the task, and the answer vocabulary where the data does not fix one.
         split: `train` or `test`.
 
@@ -202,14 +202,15 @@ def load_split(data: str | Path | dict[str, Any], model: CVLM, split: str) -> Ex
     if isinstance(data, dict):
         raw = data
     elif Path(data).is_dir():
-        raw = {"kind": "jsonl", "path": str(data), "answers": model.answers or None}
+        kind = "shards" if (Path(data) / "index.json").is_file() else "jsonl"
+        raw = {"kind": kind, "path": str(data), "answers": model.answers or None}
     else:
         raw = {"kind": str(data)}
     try:
         spec = TypeAdapter(DataSpec).validate_python(raw)
     except ValidationError as error:
         raise CvlmError(
-            f"data {data!r} is neither a folder with train.jsonl and test.jsonl nor a data kind: "
+            f"data {data!r} is neither a folder with train.jsonl and test.jsonl nor imported shards nor a data kind: "
             + "; ".join(": ".join([*map(str, item["loc"][1:]), item["msg"]]) for item in error.errors())
         ) from error
     splits = load_data(spec, model.task)

@@ -12,9 +12,11 @@ from torch import nn
 from benchmarks.runner import evaluate, write_result
 from cvlm.api import build as build_model
 from cvlm.cli.console import Console
+from cvlm.cli.data import data
 from cvlm.cli.run import RANK, Run
 from cvlm.config import load_recipe
 from cvlm.data import DATA_KINDS
+from cvlm.data.importers import DESCRIPTIONS
 from cvlm.encoders import TEXT_SCHEMES, VISION_SCHEMES
 from cvlm.errors import CvlmError
 from cvlm.model import CVLM, TASKS, save_model
@@ -118,7 +120,8 @@ def show_list(arguments: argparse.Namespace) -> None:
             kind: (block.__doc__ or "").split("\n")[0] if block is not None else NO_FUSION
             for kind, block in BLOCKS.items()
         }
-        tables = {"fusions": fusions, "teachers": TEACHERS, "tasks": TASKS, "formats": DATA_KINDS}
+        formats = DATA_KINDS | {f"cvlm data import {name}": what for name, what in DESCRIPTIONS.items()}
+        tables = {"fusions": fusions, "teachers": TEACHERS, "tasks": TASKS, "formats": formats}
         console.table(arguments.what.capitalize(), ("name", "what"), sorted(tables[arguments.what].items()))
 
 
@@ -170,6 +173,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "build": build,
     "run": run,
     "train": train,
+    "data": data,
     "bench": bench,
     "cost": cost,
     "report": report,

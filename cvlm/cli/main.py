@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from cvlm.cli.data import add_data_parser
 from cvlm.errors import CvlmError
 
 
@@ -75,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", required=True, type=Path, help="run folder; earlier phases must stand in it")
     train.add_argument("--seed", type=int, help="one of the recipe's seeds (default: the first)")
     train.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    add_data_parser(commands)
 
     bench = commands.add_parser("bench", help="score a saved model")
     bench.add_argument("model", help="model folder or hub name")

@@ -46,7 +46,7 @@ def read_split(spec: ShardsData, index: FolderIndex, split: str) -> Examples:
         rows += texts
         image_of += [position] * len(texts)
     pictures = [reader.picture(position) for position in range(len(reader))]
-    common = {
+    common: dict[str, Any] = {
         "name": index.name,
         "split": split,
         "pictures": pictures,

