@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two torch processes with several threads each slow each other down many times over.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo retrieval results test test-all check clean
+.PHONY: demo retrieval results bench-speed test test-all check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/cvlm run configs/quickstart/vqa.yaml --out runs/quickstart
@@ -42,6 +42,10 @@ results: demo retrieval
 	done
 	mkdir -p docs/images
 	cp runs/quickstart/arms.png docs/images/arms.png
+
+# Our metrics beside the public tools; about ten minutes, on a machine that does nothing else.
+bench-speed: $(VENV)/.test
+	$(BIN)/python -m benchmarks.speed --out benchmarks/results/speed
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

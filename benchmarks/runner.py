@@ -1,6 +1,5 @@
 """Score any saved model on any data: what `cvlm bench` and `cvlm.evaluate` do."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.result_files import write_result
 from benchmarks.statistics import arm_summary
 from benchmarks.tasks import RECALL_AT, Scores, score
 from cvlm.api import load_split
@@ -39,6 +39,7 @@ def evaluate(
     rerank: int = 16,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """Score a model.
 
@@ -51,12 +52,13 @@ def evaluate(
         rerank: candidates per query that a matching head re-scores.
         device: where to run.
         progress: called with (done, total).
+        out: result file (JSON); the scores of each example go beside it, for `cvlm bench compare`.
 
     Returns:
         Task, split, size, settings, and per metric its definition, mean and 95 % interval over pictures.
 
     Raises:
-        CvlmError: model and data do not fit.
+        CvlmError: model and data do not fit, or the result cannot be written.
     """
     name = str(model) if not isinstance(model, CVLM) else "(in memory)"
     model = model if isinstance(model, CVLM) else load_model(model)
@@ -72,7 +74,7 @@ def evaluate(
     with TemporaryDirectory() as scratch:
         inputs = model_inputs(model, examples, Path(scratch), device=device, progress=progress)
         scores = score(model.task, examples, predict(model, inputs, rerank=rerank, device=device))
-    return {
+    result = {
         "model": name,
         "task": model.task,
         "data": examples.name,
@@ -82,6 +84,9 @@ def evaluate(
         "settings": {"rerank": rerank if model.matching_head is not None else 0, "device": device},
         "metrics": _metrics(scores, official=bool(examples.references)),
     }
+    if out is not None:
+        write_result(result, out, scores)
+    return result
 
 
 def _check_scorable(task: str, examples: Examples) -> None:
@@ -100,18 +105,3 @@ def _metrics(scores: Scores, official: bool) -> dict[str, Any]:
         name: {"definition": definitions[name], **arm_summary(values[None], scores.clusters[name])}
         for name, values in scores.values.items()
     }
-
-
-def write_result(result: dict[str, Any], path: Path) -> None:
-    """Write a result atomically.
-
-    Raises:
-        CvlmError: the file cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(result, indent=2), encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise CvlmError(f"cannot write the result to {path}: {error.strerror}") from error

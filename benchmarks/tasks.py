@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.metrics import RetrievalRanks, ranks_from_scores, retrieval_ranks, vqa_accuracy
+from benchmarks.metrics import RetrievalRanks, ranks_from_scores, retrieval_ranks, vqa_accuracies
 from cvlm.data import Examples, SoftLabels
 from cvlm.errors import CvlmError
 from cvlm.training import Prediction
@@ -74,8 +74,7 @@ def answer_accuracy(examples: Examples, chosen: NDArray[np.int64]) -> NDArray[np
         chosen: `[n]` index of each pair's answer.
     """
     if examples.references:
-        pairs = zip(chosen, examples.references, strict=True)
-        return np.array([vqa_accuracy(examples.answers[answer], people) for answer, people in pairs])
+        return vqa_accuracies([examples.answers[answer] for answer in chosen], examples.references)
     if isinstance(examples.labels, SoftLabels):
         rows = (examples.labels.row(position) for position in range(len(examples)))
         return np.array([row.get(int(answer), 0.0) for answer, row in zip(chosen, rows, strict=True)])

@@ -76,3 +76,73 @@ def write_karpathy(folder: Path, pictures: int = 8, coco: bool = False, change: 
     raw = change({"images": images, "dataset": "made up"})
     (folder / "dataset_made_up.json").write_text(json.dumps(raw), encoding="utf-8")
     return folder
+
+
+def write_lines(path: Path, rows: list[Any]) -> None:
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+
+
+def write_gqa(folder: Path) -> Path:
+    for split, first in (("train", 0), ("val", 50), ("testdev", 70)):
+        questions = {}
+        for number in range(first, first + 4):
+            write_picture(folder / "images" / f"{number}.jpg", number)
+            for kind, (asked, answer) in {"a": ("Is it red?", "no"), "b": ("Where?", "left")}.items():
+                questions[f"{number:05d}{kind}"] = {
+                    "imageId": str(number),
+                    "question": asked,
+                    "answer": answer,
+                    "isBalanced": True,
+                    "types": {"structural": "query", "semantic": "attr", "detailed": "colour"},
+                }
+        (folder / f"{split}_balanced_questions.json").write_text(json.dumps(questions))
+    return folder
+
+
+def write_nlvr2(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, split in (("train", "train"), ("dev", "dev"), ("test1", "test1")):
+        rows = []
+        for pair in range(3):
+            stem = f"{split}-{pair + 10}-0"
+            extra = {"directory": pair} if split == "train" else {}
+            below = folder / "images" / "train" / str(pair) if split == "train" else folder / split
+            for side in (0, 1):
+                write_picture(below / f"{stem}-img{side}.png", 10 * pair + side)
+            for sentence, label in (("One is red.", "True"), ("Both are.", "False")):
+                number = len(rows) % 2
+                rows.append({"sentence": sentence, "identifier": f"{stem}-{number}", "label": label, **extra})
+        write_lines(folder / f"{name}.json", rows)
+    return folder
+
+
+def write_snli_ve(folder: Path) -> Path:
+    labels = ("entailment", "neutral", "contradiction")
+    for split in ("train", "dev", "test"):
+        rows = []
+        for number in range(4):
+            image = f"{split}{number}77"
+            write_picture(folder / "flickr30k-images" / f"{image}.jpg", number)
+            for position, label in enumerate(labels):
+                rows.append(
+                    {
+                        "Flickr30K_ID": image,
+                        "pairID": f"{image}.jpg#{position}r",
+                        "sentence1": "A man.",
+                        "sentence2": f"It is {label}.",
+                        "gold_label": label,
+                    }
+                )
+        write_lines(folder / f"snli_ve_{split}.jsonl", rows)
+    return folder
+
+
+def write_csv(folder: Path, header: str = "image,text,answer,split", tail: str = "") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [header]
+    for number in range(12):
+        write_picture(folder / f"{number}.png", number)
+        split = ("train", "train", "test")[number % 3]
+        rows.append(f'{number}.png,"what, then?",{("red", "blue")[number % 2]},{split}')
+    (folder / "table.csv").write_text("\n".join(rows) + tail, encoding="utf-8-sig")
+    return folder

@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from benchmarks.runner import evaluate, write_result
+from benchmarks.result_files import compare_results, write_result
+from benchmarks.runner import evaluate
 from cvlm.api import build as build_model
 from cvlm.cli.console import Console
 from cvlm.cli.data import data
@@ -85,12 +86,29 @@ def bench(arguments: argparse.Namespace) -> None:
         rerank=arguments.rerank,
         device=arguments.device,
         progress=console.bar("frozen towers"),
+        out=arguments.out,
     )
     rows = [
         (name, f"{metric['mean']:.4f}", f"{metric['ci95'][0]:.4f} .. {metric['ci95'][1]:.4f}")
         for name, metric in result["metrics"].items()
     ]
     console.table(f"{result['data']}, {result['split']} split, n = {result['n']}", ("metric", "value", "95 %"), rows)
+    if arguments.out is not None:
+        console.say(f"\nwritten to {arguments.out}")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Compare two results of `bench` and print the paired differences."""
+    console = Console()
+    result = compare_results(arguments.first, arguments.second)
+    rows = []
+    for name, metric in result["metrics"].items():
+        low, high = metric["ci95"]
+        means = (f"{metric['first']:.4f}", f"{metric['second']:.4f}", f"{metric['difference']:+.4f}")
+        rows.append((name, *means, f"{low:+.4f} .. {high:+.4f}", f"{metric['p_value']:.4f}"))
+    header = ("metric", "A", "B", "A - B", "95 %", "p")
+    console.table(f"{result['data']}, {result['split']} split, n = {result['n']}", header, rows)
+    console.say(result["verdict"])
     if arguments.out is not None:
         write_result(result, arguments.out)
         console.say(f"\nwritten to {arguments.out}")
@@ -175,6 +193,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "train": train,
     "data": data,
     "bench": bench,
+    "compare": compare,
     "cost": cost,
     "report": report,
     "list": show_list,

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
-
 NUMBER_STARTS = set("0123456789+-<") | {""}
 
 

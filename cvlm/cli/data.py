@@ -30,13 +30,13 @@ def add_data_parser(commands: Any) -> None:
     load.add_argument("--workers", type=int, help="processes (default: one per core)")
     load.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    inspect = actions.add_parser("inspect", help="counts, splits, answer coverage, lengths, a contact sheet")
-    inspect.add_argument("folder", type=Path, help="imported data")
-    inspect.add_argument("--sheet", type=Path, help="file of the contact sheet (default: FOLDER/contact-sheet.png)")
+    show = actions.add_parser("inspect", help="counts, splits, answer coverage, lengths, a contact sheet")
+    show.add_argument("folder", type=Path, help="imported data")
+    show.add_argument("--sheet", type=Path, help="file of the contact sheet (default: FOLDER/contact-sheet.png)")
 
-    verify = actions.add_parser("verify", help="checksums, decodability, duplicates, overlap between splits")
-    verify.add_argument("folder", type=Path, help="imported data")
-    verify.add_argument("--quiet", action="store_true", help="no progress bar")
+    check = actions.add_parser("verify", help="checksums, decodability, duplicates, overlap between splits")
+    check.add_argument("folder", type=Path, help="imported data")
+    check.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def data(arguments: argparse.Namespace) -> None:
@@ -63,6 +63,67 @@ def import_shards(arguments: argparse.Namespace) -> None:
     index = import_data(arguments.format, arguments.source, arguments.out, settings, console.bar("pictures"))
     _show_splits(console, index)
     console.say(f"\nwritten to {arguments.out}; in a recipe: data: {{kind: shards, path: {arguments.out}}}")
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """Print what an import holds, and draw its contact sheet."""
+    from cvlm.cli.console import Console
+    from cvlm.data.inspecting import contact_sheet, summarise
+    from cvlm.data.shard_index import read_folder_index
+    from cvlm.errors import CvlmError
+
+    console, index = Console(), read_folder_index(arguments.folder)
+    _show_splits(console, index)
+    summaries = summarise(arguments.folder)
+    rows = [(s.split, f"{s.per_picture:.2f}", *(f"{number}" for number in s.words)) for s in summaries]
+    console.table("Words per text", ("split", "texts per picture", "5 %", "median", "95 %", "most"), rows)
+    for title, field in (("Question types", "types"), ("Answer types", "answer_types"), ("Answers", "answers")):
+        _show_counts(console, title, {s.split: getattr(s, field) for s in summaries})
+    console.say(f"\nlicence: {index.licence or 'not stated by the source'}")
+    sheet = arguments.sheet if arguments.sheet is not None else arguments.folder / "contact-sheet.png"
+    try:
+        contact_sheet(arguments.folder).save(sheet, "PNG")
+    except OSError as error:
+        raise CvlmError(f"cannot write the contact sheet {sheet}: {error.strerror or error}") from error
+    console.say(f"contact sheet: {sheet}")
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    """Check an import.
+
+    Raises:
+        CvlmError: something is wrong; the text lists the first problems.
+    """
+    from cvlm.cli.console import Console
+    from cvlm.data.verifying import verify as check
+    from cvlm.errors import CvlmError
+
+    console = Console(arguments.quiet)
+    verdict = check(arguments.folder, console.bar("samples"))
+    if verdict.overlaps:
+        rows = [(" / ".join(o.splits), f"{o.ids:,}", f"{o.files:,}", f"{o.looks:,}") for o in verdict.overlaps]
+        console.table("Pictures in two splits", ("splits", "same id", "same file", "look alike"), rows)
+        for overlap in verdict.overlaps:
+            for first, second in overlap.examples:
+                console.say(f"  alike: {overlap.splits[0]} {first}, {overlap.splits[1]} {second}")
+    if verdict.problems:
+        shown = "".join(f"\n  - {problem}" for problem in verdict.problems[:20])
+        raise CvlmError(f"{arguments.folder} has {len(verdict.problems)} problem(s); import again{shown}")
+    console.say(f"\n{verdict.samples:,} samples are sound: checksums, pictures and ids")
+
+
+def _show_counts(console: Any, title: str, counts: dict[str, dict[str, int]], most: int = 10) -> None:
+    """Print the share of the most frequent names per split."""
+    overall: dict[str, int] = {}
+    for found in counts.values():
+        for name, number in found.items():
+            overall[name] = overall.get(name, 0) + number
+    if not overall:
+        return
+    names = sorted(overall, key=lambda name: (-overall[name], name))[:most]
+    totals = {split: max(sum(found.values()), 1) for split, found in counts.items()}
+    rows = [(name, *(f"{found.get(name, 0) / totals[split]:.1%}" for split, found in counts.items())) for name in names]
+    console.table(f"{title} ({len(overall):,})", ("", *counts), rows)
 
 
 def _show_splits(console: Any, index: "FolderIndex") -> None:
@@ -100,4 +161,8 @@ def _columns(pairs: list[str]) -> dict[str, str]:
     return columns
 
 
-ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {"import": import_shards}
+ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "import": import_shards,
+    "inspect": inspect,
+    "verify": verify,
+}

@@ -35,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse; key=value overrides may stand anywhere behind the recipe, also after options."""
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:2] == ["bench", "compare"]:  # the comparison reads as a part of bench; a model named so is ./compare
+        del words[0]
+    arguments, rest = parser.parse_known_args(words)
     misplaced = [item for item in rest if "=" not in item or item.startswith("-")]
     if misplaced or (rest and not hasattr(arguments, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(misplaced or rest)}")
@@ -79,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_data_parser(commands)
 
-    bench = commands.add_parser("bench", help="score a saved model")
+    bench = commands.add_parser("bench", help="score a saved model; bench compare: two results")
     bench.add_argument("model", help="model folder or hub name")
     bench.add_argument("--data", required=True, help="a data kind such as easy_vqa, or a folder with test.jsonl")
     bench.add_argument("--task", help="checked against the model's own")
@@ -88,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", default="cpu", help="where to run, such as cuda")
     bench.add_argument("--out", type=Path, help="result file (JSON)")
     bench.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    compare = commands.add_parser("compare", help="the same as bench compare: the paired difference of two results")
+    compare.add_argument("first", type=Path, metavar="A.json", help="result file of cvlm bench --out")
+    compare.add_argument("second", type=Path, metavar="B.json", help="another one, of the same data and split")
+    compare.add_argument("--out", type=Path, help="comparison file (JSON)")
 
     cost = commands.add_parser("cost", help="the cost ledger of a run beside published pretraining")
     cost.add_argument("run", type=Path, help="run folder")
@@ -111,6 +119,7 @@ def _quieten() -> None:
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", level.lower())
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.getLevelName(level))
+    os.environ.setdefault("HF_HUB_VERBOSITY", level.lower())
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if level == "ERROR":

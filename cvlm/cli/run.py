@@ -134,7 +134,22 @@ class Run:
             needed = any(term.teacher_needs for term in terms)
             check_teacher(student, self._teacher_preview() if needed else None, terms)
         for split in (self.data.train, self.data.test):
-            split.pictures[0].load()
+            self._check_pictures(split)
+
+    def _check_pictures(self, split: Examples) -> None:
+        """Decode the user's own pictures once before the first step; packages and imports were checked before."""
+        pictures = split.pictures if self.recipe.data.kind == "jsonl" else split.pictures[:1]
+        bar, broken = self.console.bar(f"checking pictures, {split.split} split"), []
+        for done, picture in enumerate(pictures, start=1):
+            try:
+                picture.load()
+            except CvlmError as error:
+                broken.append(str(error))
+            if len(pictures) > 1:
+                bar(done, len(pictures))
+        if broken:
+            more = f"\n  ... and {len(broken) - 5} more" if len(broken) > 5 else ""
+            raise CvlmError("\n  ".join([f"{len(broken)} picture(s) cannot be read:", *broken[:5]]) + more)
 
     def _teacher_preview(self) -> Teacher | None:
         """The teacher as far as requirements go: a CVLM that will be trained here can be asked before it is."""

@@ -4,27 +4,21 @@ What goes into which shard is settled before the first one is written, so worker
 once its index file stands; after a kill the same command writes what is missing.
 """
 
-import ctypes
 import json
-import multiprocessing
-import os
-import signal
-import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from cvlm.data.answers import build_vocabulary, coverage, default_min_count
 from cvlm.data.importers import ImportOptions, Source, read_source
-from cvlm.data.importers.records import Sample, check_budget
-from cvlm.data.pixels import Resize, check, shrink
+from cvlm.data.importers.records import IMAGE_SUFFIXES, Sample, check_budget
+from cvlm.data.pixels import Resize
 from cvlm.data.shard_index import (
     INDEX,
     PLAN,
@@ -35,11 +29,11 @@ from cvlm.data.shard_index import (
     Skipped,
     index_name,
     read_folder_index,
-    read_shard_index,
     write_folder_index,
     write_json,
 )
-from cvlm.data.shards import ShardWriter, make_key
+from cvlm.data.shard_jobs import ShardJob, cores, write_shards
+from cvlm.data.shards import make_key
 from cvlm.errors import CvlmError
 
 Progress = Callable[[int, int], None]
@@ -82,17 +76,6 @@ class ImportSettings:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardJob:
-    """What one worker does at a time: one shard."""
-
-    folder: Path
-    name: str
-    samples: list[Sample]
-    keys: list[str]
-    resize: Resize | None
-
-
 def import_data(
     data_format: str, path: Path, out: Path, settings: ImportSettings, progress: Progress | None = None
 ) -> FolderIndex:
@@ -124,7 +107,7 @@ def _plan(source: Source, out: Path, settings: ImportSettings) -> list[ShardJob]
     jobs = []
     for split in dict.fromkeys(sample.split for sample in source.samples):
         samples = [sample for sample in source.samples if sample.split == split]
-        keys = [make_key(sample.id) for sample in samples]
+        keys = _keys(samples)
         for number, start in enumerate(range(0, len(samples), settings.shard_samples)):
             part = slice(start, start + settings.shard_samples)
             name = f"{make_key(split)}-{number:06d}.tar"
@@ -132,16 +115,19 @@ def _plan(source: Source, out: Path, settings: ImportSettings) -> list[ShardJob]
     return jobs
 
 
+def _keys(samples: list[Sample]) -> list[str]:
+    """Name samples after their files, without folder and suffix where that names one alone."""
+    stems = [PurePosixPath(s.id).stem if PurePosixPath(s.id).suffix in IMAGE_SUFFIXES else s.id for s in samples]
+    times = Counter(stems)
+    return [make_key(stem if times[stem] == 1 else s.id) for stem, s in zip(stems, samples, strict=True)]
+
+
 def _fingerprint(data_format: str, source: Source, jobs: list[ShardJob], settings: ImportSettings) -> str:
     """Hash what the result depends on; of the pictures only which ones they are."""
-    plan = [[job.name, [[key, [asdict(t) for t in s.texts]] for key, s in _pairs(job)]] for job in jobs]
+    plan = [[job.name, [[key, [asdict(t) for t in s.texts]] for key, s in job.pairs()]] for job in jobs]
     files = [file.model_dump() for file in source.files]
     value = [SCHEMA, data_format, source.name, source.rule, files, settings.to_json(), plan]
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _pairs(job: ShardJob) -> Iterator[tuple[str, Sample]]:
-    return zip(job.keys, job.samples, strict=True)
 
 
 @contextmanager
@@ -192,7 +178,7 @@ def _write_all(jobs: list[ShardJob], settings: ImportSettings, progress: Progres
     """Write every shard that is missing; returns all indices in the order of the plan."""
     done: dict[str, ShardIndex] = {}
     total = sum(len(job.samples) for job in jobs)
-    for index in _written(jobs, settings.workers or _cores()):
+    for index in write_shards(jobs, settings.workers or cores()):
         done[index.name] = index
         finished = [shard for shard in done.values()]
         problems = [f"{skip.key}: {skip.reason}" for shard in finished for skip in shard.skipped]
@@ -200,65 +186,6 @@ def _write_all(jobs: list[ShardJob], settings: ImportSettings, progress: Progres
         if progress is not None:
             progress(sum(len(shard.samples) + len(shard.skipped) for shard in finished), total)
     return [done[job.name] for job in jobs]
-
-
-def _written(jobs: list[ShardJob], workers: int) -> Iterator[ShardIndex]:
-    """Yield shard indices as they are finished."""
-    missing = []
-    for job in jobs:
-        index = _stands(job)
-        if index is not None:
-            yield index
-        else:
-            missing.append(job)
-    if workers == 1 or len(missing) < 2:
-        yield from map(write_shard, missing)
-        return
-    # Forked workers start in no time; new interpreters would load torch first. They never touch it.
-    method = "fork" if sys.platform == "linux" else "spawn"
-    pool = ProcessPoolExecutor(
-        min(workers, len(missing)), multiprocessing.get_context(method), _quiet_worker, (os.getpid(),)
-    )
-    try:
-        waiting: set[Future[ShardIndex]] = {pool.submit(write_shard, job) for job in missing}
-        while waiting:
-            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in finished)
-    except BrokenProcessPool as error:
-        raise CvlmError(
-            "a worker of the import was killed (out of memory?); give the same command again, perhaps with --workers 1"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _stands(job: ShardJob) -> ShardIndex | None:
-    """Return the index of a shard that an earlier attempt finished."""
-    path = job.folder / job.name
-    if not (job.folder / index_name(job.name)).exists() or not path.exists():
-        return None
-    index = read_shard_index(job.folder, job.name)
-    return index if index.bytes == path.stat().st_size else None
-
-
-def write_shard(job: ShardJob) -> ShardIndex:
-    """Write one shard; a picture that cannot be read or decoded is left out and noted."""
-    with ShardWriter(job.folder, job.name) as writer:
-        for key, sample in _pairs(job):
-            try:
-                pictures = [_picture(image.read(), sample.id, job.resize) for image in sample.images]
-            except CvlmError as error:
-                writer.skip(key, str(error))
-                continue
-            record = {"id": sample.id, "texts": [text.to_json() for text in sample.texts]}
-            writer.add(key, pictures, record)
-    return writer.index
-
-
-def _picture(data: bytes, where: str, resize: Resize | None) -> tuple[str, bytes]:
-    if resize is not None:
-        return shrink(data, where, resize)
-    return check(data, where)[0], data
 
 
 def _summarise(
@@ -275,7 +202,7 @@ def _summarise(
     entries: dict[str, list[ShardEntry]] = {}
     for job, shard in zip(jobs, shards, strict=True):
         split = job.samples[0].split
-        kept.setdefault(split, []).extend(s for key, s in _pairs(job) if (job.name, key) not in lost)
+        kept.setdefault(split, []).extend(s for key, s in job.pairs() if (job.name, key) not in lost)
         entries.setdefault(split, []).append(_entry(job.folder, shard))
     answers, min_count = _vocabulary(source, kept.get("train", []), settings)
     asked = {split: [text.answers for s in samples for text in s.texts] for split, samples in kept.items()}
@@ -325,17 +252,3 @@ def _vocabulary(source: Source, train: list[Sample], settings: ImportSettings) -
             "vocabulary needs 2: lower --min-count"
         )
     return answers, min_count
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _quiet_worker(parent: int) -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it: a killed parent cannot call its workers off."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        die_with_parent = 1
-        ctypes.CDLL(None).prctl(die_with_parent, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)

@@ -141,7 +141,7 @@ def _fit(
 
         def report(step: int, steps: int, loss: float | None) -> None:
             meter.add(flops=round(flops * samples), samples=samples)
-            if job.report is not None:
+            if job.report is not None and rank == 0:
                 job.report(step, steps, loss)
 
         target = job.target
@@ -242,7 +242,7 @@ def _arguments(job: PhaseJob) -> TrainingArguments:
         raise CvlmError(f"batch_size {phase.batch_size} cannot be split evenly over {world} processes")
     batch = min(phase.batch_size, len(job.index) // phase.accumulate or 1)
     steps = max(1, math.ceil(phase.epochs * len(job.index) / min(per_step, len(job.index))))
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(job.folder),
         max_steps=steps,
         per_device_train_batch_size=max(1, batch // world),
@@ -268,3 +268,6 @@ def _arguments(job: PhaseJob) -> TrainingArguments:
         disable_tqdm=True,
         log_level="error",
     )
+    # One process drives one GPU; several run under torchrun. The Trainer would split batches over all it sees.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

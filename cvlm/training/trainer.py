@@ -145,7 +145,7 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 
 
 class StepProgress(TrainerCallback):
-    """Reports steps to a function `(done, total, loss)`."""
+    """Reports steps to a function `(done, total, loss)`, in every process."""
 
     def __init__(self, report: Callable[[int, int, float | None], None]) -> None:
         self._report, self._loss = report, None
@@ -156,8 +156,7 @@ class StepProgress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         """Report a step."""
-        if state.is_local_process_zero:
-            self._report(state.global_step, state.max_steps, self._loss)
+        self._report(state.global_step, state.max_steps, self._loss)
 
 
 class IndexDataset(torch.utils.data.Dataset[int]):

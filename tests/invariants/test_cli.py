@@ -34,12 +34,10 @@ def write_recipe(folder: Path, **changes) -> Path:
     return path
 
 
-def own_data(folder: Path, answer: str = "red", test_lines: int = 2, truncated: bool = False) -> dict:
+def own_data(folder: Path, answer: str = "red", test_lines: int = 2) -> dict:
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "a.png")
-    if truncated:
-        (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:400])
     good = [{"image": "a.png", "text": "what color?", "answer": a} for a in ("red", "blue")]
     (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in good * 8))
     test = [{"image": "a.png", "text": "what color?", "answer": answer}] * test_lines
@@ -134,9 +132,13 @@ def test_an_output_folder_that_cannot_be_written(tmp_path, capfd):
     assert "cannot write to the run folder" in capfd.readouterr().err
 
 
-def test_a_truncated_image(tmp_path, capfd):
-    data = own_data(tmp_path / "data", truncated=True)
-    refused_run(tmp_path, capfd, "cannot decode the image", data=data)
+def test_a_truncated_image_that_is_not_the_first(tmp_path, capfd):
+    folder = tmp_path / "data"
+    data = own_data(folder)
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:400])
+    with (folder / "train.jsonl").open("a") as file:
+        file.write('\n{"image": "b.png", "text": "what color?", "answer": "red"}')
+    refused_run(tmp_path, capfd, f"cannot decode the image {folder / 'b.png'}", data=data)
 
 
 def test_a_run_folder_of_another_recipe(tmp_path, capfd):

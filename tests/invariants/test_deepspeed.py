@@ -53,20 +53,24 @@ def begun(tmp_path_factory) -> Path:
     return out
 
 
-def distilled(begun: Path, out: Path, *overrides: str, processes: int = 1) -> tuple[list[dict], dict]:
+def distilled(begun: Path, out: Path, *overrides: str, processes: int = 1) -> tuple[list[dict], dict, dict]:
     shutil.copytree(begun, out)
     (out / "recipe.yaml").unlink()  # the engine differs
     train(out, "distill", *overrides, processes=processes)
     folder = out / "distill" / "seed0"
-    return json.loads((folder / "log.json").read_text()), load_file(folder / "model.safetensors")
+    cost = json.loads((out / "cost.json").read_text())["phases"]["distill"]
+    return json.loads((folder / "log.json").read_text()), load_file(folder / "model.safetensors"), cost
 
 
-def assert_same(one: tuple[list[dict], dict], two: tuple[list[dict], dict]) -> None:
+def assert_same(one: tuple[list[dict], dict, dict], two: tuple[list[dict], dict, dict]) -> None:
     assert len(one[0]) == len(two[0]) > 3
     for alone, split in zip(one[0], two[0], strict=True):
         for term in ("loss", "grad_norm", "term/labels", "term/logits", "term/cross_attention"):
             # Two ranks add up their halves of a batch in another order.
             assert alone[term] == pytest.approx(split[term], rel=1e-4), (term, alone["step"])
+    # Every process books its own work, and the merged ledger holds all of it.
+    assert one[2]["flops"] == pytest.approx(two[2]["flops"], rel=0.02)
+    assert one[2]["samples"] == two[2]["samples"]
     assert one[1].keys() == two[1].keys()
     for name, weights in one[1].items():
         # Adam turns rounding into whole steps where a gradient is all but zero: the mean is judged, in steps of 1e-3.

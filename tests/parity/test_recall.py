@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import metrics
+from benchmarks import ranking
 from benchmarks.metrics import recall_from_scores, retrieval_recall
 
 KS = (1, 3, 5)
@@ -63,7 +63,7 @@ def test_ties_lie_between_the_kind_and_the_harsh_order_as_in_clip_benchmark(seed
 @pytest.mark.parametrize("integer", [False, True])
 @pytest.mark.parametrize("block", [1, 1000, 1 << 22])
 def test_equals_a_full_sort_whatever_the_block(monkeypatch, integer, block):
-    monkeypatch.setattr(metrics, "_BLOCK_SCORES", block)
+    monkeypatch.setattr(ranking, "BLOCK_SCORES", block)
     data = make_data(7, width=4, integer=integer)
     assert retrieval_recall(*data, KS) == pytest.approx(reference(*data))
 

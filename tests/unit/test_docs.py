@@ -1,6 +1,7 @@
 """The documentation is true of the code: examples run, commands parse, paths, links, keys and defaults exist."""
 
 import inspect
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from pydantic import BaseModel
 
 from cvlm import config
 from cvlm.cli.main import _parser
-from cvlm.config import parse_recipe
+from cvlm.config import load_recipe, parse_recipe
+from cvlm.report import result_table
 from distill import OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
@@ -166,3 +168,16 @@ def test_every_objective_is_documented_with_its_settings() -> None:
             assert row[1:3] == [
                 ", ".join(sorted(side)) for side in (objective().student_needs, objective().teacher_needs)
             ]
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    folder = ROOT / "benchmarks" / "results" / "quickstart"
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for arm, accuracy, interval, _, difference in result_table(metrics).rows:
+        (line,) = re.findall(rf"^\| `{arm}` \|.*$", readme, re.MULTILINE)
+        assert f"{accuracy} ({interval.replace(' %', '')}) | {difference} |" in line
+    assert environment["begun"][:10] in readme
+    recipe = load_recipe(folder / "recipe.yaml")
+    assert recipe == load_recipe(ROOT / "configs" / "quickstart" / "vqa.yaml"), "the results are of another recipe"

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.runner import METRIC_DEFINITIONS, evaluate, write_result
+from benchmarks.result_files import write_result
+from benchmarks.runner import METRIC_DEFINITIONS, evaluate
 from cvlm.config import StudentSpec
 from cvlm.data import UNLABELLED, Examples
 from cvlm.errors import CvlmError

@@ -8,13 +8,31 @@ from cvlm.errors import CvlmError, unknown_name
 
 FORMATS: dict[str, str] = {
     "vqav2": "cvlm.data.importers.vqav2:read_vqav2",
+    "okvqa": "cvlm.data.importers.vqav2:read_okvqa",
+    "gqa": "cvlm.data.importers.gqa:read",
     "karpathy": "cvlm.data.importers.karpathy:read",
+    "nlvr2": "cvlm.data.importers.pairs:read_nlvr2",
+    "snli_ve": "cvlm.data.importers.pairs:read_snli_ve",
+    "jsonl": "cvlm.data.importers.tables:read_jsonl",
+    "csv": "cvlm.data.importers.tables:read_csv",
+    "folder": "cvlm.data.importers.tables:read_folder",
+    "easy_vqa": "cvlm.data.importers.packages:read_easy_vqa",
+    "openmoji": "cvlm.data.importers.packages:read_openmoji",
 }
 """Format -> `module:function`; the function takes the source and `ImportOptions` and returns a `Source`."""
 
 DESCRIPTIONS: dict[str, str] = {
     "vqav2": "VQA v2 (or v1): official question and annotation JSON, images in train2014/ and val2014/",
+    "okvqa": "OK-VQA: official question and annotation JSON, images in train2014/ and val2014/",
+    "gqa": "GQA: *_balanced_questions.json and images/",
     "karpathy": "Karpathy splits of COCO, Flickr30k or Flickr8k: dataset_*.json and the images",
+    "nlvr2": "NLVR2: train.json, dev.json, test1.json (JSON lines) and two images per row",
+    "snli_ve": "SNLI-VE: snli_ve_{train,dev,test}.jsonl and Flickr30k's images",
+    "jsonl": "your own JSON lines: image, text, answer, split; other names by --columns",
+    "csv": "your own CSV with the same columns",
+    "folder": "your own pictures, each beside a .txt with one caption per line",
+    "easy_vqa": "easy-VQA from its PyPI package (give any folder as the source)",
+    "openmoji": "OpenMoji pictures and names from PyPI packages (give any folder as the source)",
 }
 
 

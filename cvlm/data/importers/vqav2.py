@@ -44,6 +44,15 @@ def read_vqav2(path: Path, options: ImportOptions) -> Source:
     return _read(path, options, name="VQAv2", prefixes=("v2_", ""))
 
 
+def read_okvqa(path: Path, options: ImportOptions) -> Source:
+    """Read OK-VQA (Marino et al., CVPR 2019), whose files have the names of VQA v1.
+
+    Raises:
+        CvlmError: files are missing or damaged.
+    """
+    return _read(path, options, name="OK-VQA", prefixes=("",))
+
+
 def _read(path: Path, options: ImportOptions, *, name: str, prefixes: tuple[str, ...]) -> Source:
     if not path.is_dir():
         raise CvlmError(f"the source {path} must be the folder that holds the question files")

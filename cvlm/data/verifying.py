@@ -1,0 +1,163 @@
+"""Whether an import is sound: every checksum, every picture, no id twice, and how far its splits overlap."""
+
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import combinations
+from pathlib import Path
+
+from cvlm.data.pixels import perceptual_hash, safe_name
+from cvlm.data.shard_index import FolderIndex, ShardEntry, read_folder_index, read_shard_index
+from cvlm.data.shards import ShardReader
+from cvlm.errors import CvlmError
+
+Progress = Callable[[int, int], None]
+
+NEAR = 3
+"""Bits of 64 in which the hashes of two copies of one picture may differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """What two splits share.
+
+    Attributes:
+        splits: the two.
+        ids: picture ids that stand in both.
+        files: pictures of the second whose very bytes stand in the first.
+        looks: pictures of the second whose perceptual hash differs from one in the first by at most `NEAR` bits, equal
+            bytes included. Very simple pictures can be that near without being copies: look before judging.
+        examples: (key in the first, key in the second) of pictures that look alike, at most five.
+    """
+
+    splits: tuple[str, str]
+    ids: int
+    files: int
+    looks: int
+    examples: tuple[tuple[str, str], ...]
+
+
+@dataclass(kw_only=True)
+class Verdict:
+    """What was found.
+
+    Attributes:
+        samples: number of samples that were read.
+        problems: what is wrong; an import without any is sound.
+        overlaps: one per pair of splits.
+    """
+
+    samples: int = 0
+    problems: list[str] = field(default_factory=list)
+    overlaps: list[Overlap] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class _Seen:
+    """Of one split: picture ids, picture SHA-256 -> key, perceptual hash -> key, question ids."""
+
+    ids: set[str] = field(default_factory=set)
+    files: dict[str, str] = field(default_factory=dict)
+    hashes: dict[int, list[str]] = field(default_factory=dict)
+    texts: set[str] = field(default_factory=set)
+
+
+def verify(folder: Path, progress: Progress | None = None) -> Verdict:
+    """Read everything once.
+
+    Raises:
+        CvlmError: the folder's index itself is missing or was changed.
+    """
+    index = read_folder_index(folder)
+    total = sum(entry.samples for entries in index.splits.values() for entry in entries)
+    verdict = Verdict()
+    seen: dict[str, _Seen] = {}
+    for split, entries in index.splits.items():
+        for entry in entries:
+            verdict.problems += _check_archive(folder, entry)
+        seen[split] = _Seen()
+        for _ in _check_samples(folder, index, split, seen[split], verdict):
+            verdict.samples += 1
+            if progress is not None:
+                progress(verdict.samples, total)
+    verdict.overlaps = [_overlap((a, b), seen[a], seen[b]) for a, b in combinations(index.splits, 2)]
+    return verdict
+
+
+def _check_archive(folder: Path, entry: ShardEntry) -> list[str]:
+    """Compare the file with its checksum, and its headers with its index: only plain files with safe names."""
+    path = folder / entry.name
+    try:
+        with path.open("rb") as file:
+            digest = sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != entry.sha256:
+            return [f"{entry.name}: the checksum does not fit"]
+        index = read_shard_index(folder, entry.name, entry.index_sha256)
+        places = {f"{s.key}.{suffix}": place[:2] for s in index.samples for suffix, place in s.members.items()}
+        with tarfile.open(path) as archive:
+            found = {}
+            for member in archive:
+                if not member.isreg():
+                    return [f"{entry.name}: {member.name!r} is a link or device, not a plain file"]
+                found[safe_name(member.name)] = (member.offset_data, member.size)
+        return [] if found == places else [f"{entry.name}: the tar headers do not fit the index"]
+    except (CvlmError, OSError, tarfile.TarError) as error:
+        return [f"{entry.name}: {error}"]
+
+
+def _check_samples(folder: Path, index: FolderIndex, split: str, seen: _Seen, verdict: Verdict) -> Iterator[None]:
+    try:
+        reader = ShardReader(folder, split, index)
+    except CvlmError as error:
+        verdict.problems.append(str(error))
+        return
+    for position, sample in enumerate(reader.samples):
+        try:
+            record, picture = reader.record(position), reader.picture(position)
+            looks = perceptual_hash(picture.load())
+        except CvlmError as error:
+            verdict.problems.append(str(error))
+        else:
+            if record["id"] in seen.ids:
+                verdict.problems.append(f"{split}: the picture id {record['id']!r} stands twice")
+            seen.ids.add(record["id"])
+            seen.files.setdefault(picture.key, sample.key)
+            seen.hashes.setdefault(looks, []).append(sample.key)
+            for text in record["texts"]:
+                if text["id"] in seen.texts:
+                    verdict.problems.append(f"{split}: the question or caption id {text['id']!r} stands twice")
+                seen.texts.add(text["id"])
+        yield
+
+
+def _overlap(splits: tuple[str, str], first: _Seen, second: _Seen) -> Overlap:
+    near = _find_near(list(first.hashes), list(second.hashes))
+    alike = [(first.hashes[near[looks]][0], key) for looks in near for key in second.hashes[looks]]
+    return Overlap(
+        splits=splits,
+        ids=len(first.ids & second.ids),
+        files=len(first.files.keys() & second.files.keys()),
+        looks=len(alike),
+        examples=tuple(alike[:5]),
+    )
+
+
+def _find_near(known: list[int], asked: list[int]) -> dict[int, int]:
+    """Return, for every asked hash that is near a known one, the first such.
+
+    Two hashes that differ in three bits agree in at least one of four bands of 16, so only those are compared.
+    """
+    bands: list[dict[int, list[int]]] = [{} for _ in range(NEAR + 1)]
+    for value in known:
+        for band, table in enumerate(bands):
+            table.setdefault(value >> 16 * band & 0xFFFF, []).append(value)
+    found = {}
+    for value in asked:
+        candidates = (c for band, table in enumerate(bands) for c in table.get(value >> 16 * band & 0xFFFF, ()))
+        match = next((candidate for candidate in candidates if (candidate ^ value).bit_count() <= NEAR), None)
+        if match is not None:
+            found[value] = match
+    return found
