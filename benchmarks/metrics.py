@@ -179,7 +179,7 @@ def _float_matrix(values: Any, name: str) -> np.ndarray:
     matrix = _array(values)
     if matrix.ndim != 2 or matrix.size == 0:
         raise ValueError(f"{name} must be a non-empty matrix, got shape {matrix.shape}")
-    return matrix if matrix.dtype == np.float64 else matrix.astype(np.float32)
+    return matrix if matrix.dtype == np.float64 else matrix.astype(np.float32, copy=False)
 
 
 def _array(values: Any) -> np.ndarray:

@@ -6,6 +6,7 @@ the last bit and win or lose ties at random.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -108,8 +109,14 @@ def _ranks(score_rows: ScoreRows, positives: _Positives, n_candidate: int) -> np
 
 
 def _blocks(n_query: int, n_candidate: int) -> list[tuple[int, int]]:
+    """Cut the queries into blocks of equal size, give or take one.
+
+    A short last block would go through another kernel of the matrix product, and equal embeddings would get scores
+    that differ in the last bit.
+    """
     rows = max(1, BLOCK_SCORES // n_candidate)
-    return [(start, min(start + rows, n_query)) for start in range(0, n_query, rows)]
+    bounds = np.linspace(0, n_query, -(-n_query // rows) + 1).astype(int).tolist()
+    return list(pairwise(bounds))
 
 
 def _rank_block(scores: np.ndarray, positives: _Positives, start: int) -> np.ndarray:
@@ -155,6 +162,7 @@ def _ranks_of_one_product(image: np.ndarray, text: np.ndarray, text_to_image: np
         undecided.append((column, row + start, scores[row, column]))
         own = images.candidate[images.start[start] : images.start[stop]]
         true[own] = scores[text_to_image[own] - start, own]
+        del scores, surely  # or they would live on while the next block is computed
         if sum(len(part[0]) for part in undecided) > MAX_UNDECIDED * n_text:
             return None
     if not (np.abs(true - guess) <= tolerance).all():

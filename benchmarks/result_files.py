@@ -11,7 +11,7 @@ from benchmarks.statistics import paired_difference, verdict
 from benchmarks.tasks import PRIMARY, Scores
 from cvlm.errors import CvlmError
 
-_SAME = ("task", "data_fingerprint", "split", "n")
+_SAME = ("task", "data_fingerprint", "labels_fingerprint", "split", "n")
 
 
 def write_result(result: dict[str, Any], path: Path, scores: Scores | None = None) -> None:

@@ -1,6 +1,8 @@
 """Score any saved model on any data: what `cvlm bench` and `cvlm.evaluate` do."""
 
+import json
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,7 +13,7 @@ from benchmarks.result_files import write_result
 from benchmarks.statistics import arm_summary
 from benchmarks.tasks import RECALL_AT, Scores, score
 from cvlm.api import load_split
-from cvlm.data import Examples
+from cvlm.data import Examples, SoftLabels
 from cvlm.errors import CvlmError
 from cvlm.model import CVLM, load_model
 from cvlm.training import model_inputs, predict
@@ -81,6 +83,7 @@ def evaluate(
         "split": examples.split,
         "n": len(examples),
         "data_fingerprint": examples.fingerprint,
+        "labels_fingerprint": _labels_fingerprint(examples),
         "settings": {"rerank": rerank if model.matching_head is not None else 0, "device": device},
         "metrics": _metrics(scores, official=bool(examples.references)),
     }
@@ -97,6 +100,16 @@ def _check_scorable(task: str, examples: Examples) -> None:
         )
     if len(np.unique(examples.image_of)) < 2:
         raise CvlmError(f"{examples.name} ({examples.split}) shows one picture; a score needs at least 2")
+
+
+def _labels_fingerprint(examples: Examples) -> str:
+    """Return the SHA-256 of what the answers are compared with, which the data's own fingerprint leaves out."""
+    labels = examples.labels
+    arrays = [labels.starts, labels.answer, labels.score, labels.known] if isinstance(labels, SoftLabels) else [labels]
+    digest = sha256(json.dumps(examples.references).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _metrics(scores: Scores, official: bool) -> dict[str, Any]:

@@ -320,7 +320,7 @@ class Run:
         if self.recipe.task == "vqa":
             arms["majority"] = [majority(self.data.train, self.data.test)]
         arms |= self.scores
-        metrics = metrics_json(self.recipe.task, "test", arms, compared_arms(list(arms)))
+        metrics = metrics_json(self.recipe.task, self.data.test.split, arms, compared_arms(list(arms)))
         (self.out / "metrics.part").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
         (self.out / "metrics.part").replace(self.out / "metrics.json")
         draw_arms(metrics, self.ledger.to_json(), self.out / "arms.png")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks import ranking
-from benchmarks.metrics import recall_from_scores, retrieval_recall
+from benchmarks.metrics import recall_from_scores, retrieval_ranks, retrieval_recall
 
 KS = (1, 3, 5)
 
@@ -72,3 +72,74 @@ def test_equals_a_full_sort_whatever_the_block(monkeypatch, integer, block):
 def test_scores_and_embeddings_agree(integer):
     image, text, text_to_image = make_data(3, integer=integer)
     assert recall_from_scores(image @ text.T, text_to_image, KS) == retrieval_recall(image, text, text_to_image, KS)
+
+
+@pytest.fixture
+def two_products(monkeypatch):
+    """Give the ranks of embeddings by the plain way: one matrix product for each direction."""
+
+    def rank(*data):
+        with monkeypatch.context() as patch:
+            patch.setattr(ranking, "MAX_UNDECIDED", -1)
+            return retrieval_ranks(*data)
+
+    return rank
+
+
+@pytest.mark.parametrize("integer", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-40, 2.0**40])
+@pytest.mark.parametrize("block", [1, 300, 1 << 22])
+def test_one_product_ranks_as_two(monkeypatch, two_products, integer, scale, block):
+    monkeypatch.setattr(ranking, "BLOCK_SCORES", block)
+    image, text, text_to_image = make_data(11, n_image=60, n_text=240, integer=integer)
+    data = image * scale, text, text_to_image
+    assert ranking._ranks_of_one_product(*data) is not None
+    one, two = retrieval_ranks(*data), two_products(*data)
+    np.testing.assert_array_equal(one.text_to_image, two.text_to_image)
+    np.testing.assert_array_equal(one.image_to_text, two.image_to_text)
+
+
+def test_close_scores_are_ranked_by_the_product_itself():
+    """Images that differ in the last bits: a positive's score computed apart would rank at random among them."""
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal(64, dtype=np.float32)
+    image = base * (1 + 1e-7 * rng.integers(0, 4, (40, 1))).astype(np.float32)
+    text = rng.standard_normal((80, 64), dtype=np.float32)
+    text_to_image = np.arange(80) % 40
+    scores = image @ text.T  # one block, so the same product
+    true = scores[text_to_image, np.arange(80)]
+    index = np.arange(40)[:, None]
+    expected = ((scores > true) | ((scores == true) & (index < text_to_image))).sum(axis=0)
+    assert len(np.unique(expected)) > 10, "the scores are close, not equal"
+    np.testing.assert_array_equal(retrieval_ranks(image, text, text_to_image).text_to_image, expected)
+
+
+def test_a_collapsed_model_is_ranked_by_two_products():
+    image, text, text_to_image = np.ones((200, 16)), np.ones((400, 16)), np.arange(400) % 200
+    assert ranking._ranks_of_one_product(image, text, text_to_image) is None, "every comparison is undecided"
+    ranks = retrieval_ranks(image, text, text_to_image)
+    assert ranks.text_to_image.tolist() == text_to_image.tolist(), "of equals the lower index stands first"
+    assert ranks.image_to_text.tolist() == list(range(200))
+
+
+def test_a_guess_that_misses_the_product_is_not_used(monkeypatch):
+    data = make_data(2)
+    expected = retrieval_recall(*data, KS)
+    monkeypatch.setattr(ranking, "_paired_products", lambda image, text, index: np.zeros(len(text)))
+    assert ranking._ranks_of_one_product(*data) is None
+    assert retrieval_recall(*data, KS) == expected
+
+
+@pytest.mark.parametrize("width", [64, 512])
+def test_equal_embeddings_tie_wherever_their_blocks_are(monkeypatch, width):
+    monkeypatch.setattr(ranking, "BLOCK_SCORES", 130 * 900)
+    rng = np.random.default_rng(1)
+    half = rng.standard_normal((341, width), dtype=np.float32)
+    text = rng.standard_normal((900, width), dtype=np.float32)
+    text_to_image = np.arange(900) % 341
+    ranks = retrieval_ranks(half, text, text_to_image).text_to_image
+    # Every image stands twice, its double behind all originals, with a text of its own.
+    texts, of = np.concatenate([text, text[:341]]), np.concatenate([text_to_image, np.arange(341) + 341])
+    doubled = retrieval_ranks(np.concatenate([half, half]), texts, of).text_to_image
+    np.testing.assert_array_equal(doubled[:900], 2 * ranks, "the original stands before its own double")
+    np.testing.assert_array_equal(doubled[900:], 2 * ranks[:341] + 1)

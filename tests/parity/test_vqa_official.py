@@ -5,8 +5,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from benchmarks.metrics import vqa_accuracy
+from benchmarks.metrics import vqa_accuracies, vqa_accuracy
+from benchmarks.speed.reference_vqa import evaluate
 
 OFFICIAL = Path(__file__).parents[3] / "shared" / "data" / "vqa_official_dev.json"
 
@@ -93,3 +96,67 @@ def test_per_type(official, scores, kind):
         grouped[item[kind]].append(score)
     means = {name: round(100 * sum(group) / len(group), 6) for name, group in grouped.items()}
     assert means == official[f"per_{kind}"]
+
+
+def test_many_questions_at_once_are_the_same_to_the_last_bit(official, scores):
+    predictions = [item["prediction"] for item in official["items"]]
+    people = [[answer["answer"] for answer in item["answers"]] for item in official["items"]]
+    assert vqa_accuracies(predictions, people).tolist() == scores
+
+
+# Short strings over what the rules look at, so that answers collide before and after normalisation.
+PIECES = [
+    "a",
+    "the",
+    "two",
+    "2",
+    "dont",
+    "Don't",
+    " ",
+    "\n",
+    "\t",
+    ",",
+    ".",
+    "-",
+    "'",
+    "1,0",
+    "É",
+    "\u00a0",
+    "\ud800",
+    "Ⅷ",
+]
+STRINGS = st.lists(st.sampled_from(PIECES), max_size=3).map("".join) | st.text(max_size=4)
+
+
+@st.composite
+def questions(draw):
+    """Give few strings to many answers, so that every number of matches comes up, in every order."""
+    strings = st.sampled_from(draw(st.lists(STRINGS, min_size=1, max_size=4)))
+    people = st.lists(strings, min_size=1, max_size=12)
+    return draw(st.lists(st.tuples(strings, people), min_size=1, max_size=8))
+
+
+@settings(max_examples=400, deadline=None)
+@given(questions())
+def test_many_at_once_equal_one_by_one_and_the_ported_loop(items):
+    predictions, people = [item[0] for item in items], [item[1] for item in items]
+    one_by_one = [vqa_accuracy(prediction, answers) for prediction, answers in items]
+    assert vqa_accuracies(predictions, people).tolist() == one_by_one
+    gts = {
+        number: {"answers": [{"answer": answer, "answer_id": person} for person, answer in enumerate(answers)]}
+        for number, answers in enumerate(people)
+    }
+    assert evaluate(gts, {number: {"answer": answer} for number, answer in enumerate(predictions)}) == one_by_one
+
+
+def test_more_answers_than_bits():
+    people = [["cat"] * hits + ["dog"] * (200 - hits) for hits in range(8)]
+    assert vqa_accuracies(["cat"] * 8, people).tolist() == [vqa_accuracy("cat", answers) for answers in people]
+
+
+def test_many_at_once_refuse_what_cannot_be_scored():
+    assert vqa_accuracies([], []).shape == (0,)
+    with pytest.raises(ValueError, match="1 predictions do not fit 2 questions"):
+        vqa_accuracies(["x"], [["x"], ["x"]])
+    with pytest.raises(ValueError, match="cannot score 'y': question 1 has no ground-truth answers"):
+        vqa_accuracies(["x", "y"], [["x"], []])

@@ -222,11 +222,15 @@ def test_page_shows_every_table(run_dir):
         result_table(METRICS, "exact"),
         comparison_table(METRICS),
         cost_table(COST),
-        baseline_table(COST),
         environment_table(ENVIRONMENT),
     ):
         for row in (table.header, *table.rows):
             assert list(row) in page.rows
+    for row in baseline_table(COST).rows:
+        assert list(row[:6]) in page.rows
+        # The sources and assumptions are prose, and stand below the table.
+        assert row[6] in page.text
+        assert row[7] in page.text
     assert METRICS["verdict"] in page.text
     assert RECIPE in page.text
 
