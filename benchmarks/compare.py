@@ -9,6 +9,7 @@ from benchmarks.statistics import arm_summary, paired_difference, verdict
 from benchmarks.tasks import PRIMARY, Scores
 
 BASELINE_ARM = "finetune"
+ONE_SEED = "; one seed each, so the interval leaves out how much training varies"
 
 
 def metrics_json(task: str, split: str, arms: Mapping[str, Sequence[Scores]], pairs: Sequence[tuple[str, str]]) -> Any:
@@ -27,7 +28,8 @@ def metrics_json(task: str, split: str, arms: Mapping[str, Sequence[Scores]], pa
         ours, theirs = _stack(arms[arm], primary), _stack(arms[reference], primary)
         difference = paired_difference(ours, theirs, first.clusters[primary])
         comparisons[f"{arm}_vs_{reference}"] = {"metric": primary, **difference.as_json()}
-        verdicts.append(verdict(difference, (arm, reference), primary))
+        one_seed = "" if max(len(arms[arm]), len(arms[reference])) > 1 else ONE_SEED
+        verdicts.append(verdict(difference, (arm, reference), primary) + one_seed)
     return {
         "task": task,
         "split": split,
