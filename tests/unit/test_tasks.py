@@ -189,3 +189,15 @@ def test_which_arms_are_compared() -> None:
     assert compared_arms(["finetune", "distill"]) == [("distill", "finetune")]
     assert compared_arms(["teacher", "finetune"]) == []
     assert compared_arms(["a", "b"]) == [("b", "a")]
+
+
+def test_a_verdict_from_one_seed_says_so() -> None:
+    rng = np.random.default_rng(0)
+
+    def scores() -> Scores:
+        return Scores(values={"accuracy": rng.random(40)}, clusters={"accuracy": np.arange(40)})
+
+    single = metrics_json("vqa", "test", {"finetune": [scores()], "distill": [scores()]}, [("distill", "finetune")])
+    assert single["verdict"].endswith("leaves out how much training varies")
+    several = {"finetune": [scores(), scores()], "distill": [scores(), scores()]}
+    assert "leaves out" not in metrics_json("vqa", "test", several, [("distill", "finetune")])["verdict"]
