@@ -10,6 +10,7 @@ import numpy as np
 from benchmarks.statistics import paired_difference, verdict
 from benchmarks.tasks import PRIMARY, Scores
 from cvlm.errors import CvlmError
+from cvlm.report.files import write_atomic
 
 _SAME = ("task", "data_fingerprint", "labels_fingerprint", "split", "n")
 
@@ -32,9 +33,7 @@ def write_result(result: dict[str, Any], path: Path, scores: Scores | None = Non
             beside = path.with_suffix(".scores.npz")
             scores.save(beside)
             result = result | {"scores": {"file": beside.name, "sha256": _sha256(beside)}}
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(result, indent=2), encoding="utf-8")
-        part.replace(path)
+        write_atomic(path, json.dumps(result, indent=2).encode())
     except OSError as error:
         raise CvlmError(f"cannot write the result to {path}: {error.strerror}") from error
 

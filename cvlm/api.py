@@ -6,7 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
@@ -22,6 +21,7 @@ from cvlm.training import (
     clear_checkpoints,
     load_cvlm_teacher,
     model_inputs,
+    pick_device,
     teacher_inputs,
     train_phase,
 )
@@ -63,8 +63,7 @@ def build(
             embedding=embedding,
         )
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise CvlmError(f"cvlm.build: {problems}") from error
+        raise CvlmError(f"cvlm.build: {_problems(error)}") from error
     return compose(
         spec,
         task=task,
@@ -153,7 +152,8 @@ def distill(
     terms = [_objective(objective) for objective in objectives]
     if teacher is model or getattr(teacher, "model", None) is model:
         raise CvlmError("the student cannot be its own teacher: teaching freezes a model; pass a copy of it")
-    device = "cuda" if torch.cuda.is_available() and (engine is None or engine.device == "auto") else "cpu"
+    engine = engine or EngineSpec()
+    device = pick_device(engine)
     source: Teacher | None = CvlmTeacher(teacher) if isinstance(teacher, CVLM) else teacher
     check_teacher(model, source, terms)
     data = data if isinstance(data, Examples) else load_split(data, model, "train")
@@ -161,8 +161,7 @@ def distill(
     try:
         spec = PhaseSpec(**{"pairs": "all", **phase}, objectives=specs)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise CvlmError(f"cvlm.distill: {problems}") from error
+        raise CvlmError(f"cvlm.distill: {_problems(error)}") from error
     with TemporaryDirectory() as scratch:
         store = Path(features) if features is not None else Path(scratch) / "features"
         target = None
@@ -175,7 +174,7 @@ def distill(
             objectives=terms,
             inputs=model_inputs(model, data, store, device=device),
             target=target,
-            engine=engine or EngineSpec(),
+            engine=engine,
             seed=seed,
             folder=Path(out) if out is not None else Path(scratch) / "phase",
             report=report,
@@ -249,3 +248,7 @@ def _encoder_spec(spec: type[VisionSpec] | type[TextSpec], encoder: EncoderLike)
         frozen = not any(parameter.requires_grad for parameter in encoder.parameters())
         return spec(name="custom", train="frozen" if frozen else "full")
     return spec(name=encoder) if isinstance(encoder, str) else spec(**encoder)
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())

@@ -30,7 +30,8 @@ from cvlm.cost import Ledger, PhaseCost, PhaseMeter, machine_info
 from cvlm.data import Examples, Splits, load_data
 from cvlm.errors import CvlmError, unknown_name
 from cvlm.model import CVLM, compose, load_model, save_model
-from cvlm.report import draw_arms, write_report
+from cvlm.report import write_report
+from cvlm.report.files import write_atomic
 from cvlm.training import (
     LiveTarget,
     ModelInputs,
@@ -38,9 +39,10 @@ from cvlm.training import (
     TargetSource,
     clear_checkpoints,
     initialise_from_teacher,
+    merged_requests,
     model_inputs,
+    pick_device,
     predict,
-    requests,
     store_targets,
     teacher_inputs,
     train_phase,
@@ -129,10 +131,11 @@ class Run:
     def _check(self) -> None:
         """Build every part of the experiment once, so that what cannot work fails before the first step."""
         student = self._new_student(self.recipe.seeds[0])
-        for arm in self.recipe.student_arms:
-            terms = self._objectives(arm)
-            needed = any(term.teacher_needs for term in terms)
-            check_teacher(student, self._teacher_preview() if needed else None, terms)
+        terms_of = {arm: self._objectives(arm) for arm in self.recipe.student_arms}
+        taught = {arm for arm, terms in terms_of.items() if any(term.teacher_needs for term in terms)}
+        teacher = self._teacher_preview() if taught else None
+        for arm, terms in terms_of.items():
+            check_teacher(student, teacher if arm in taught else None, terms)
         for split in (self.data.train, self.data.test):
             self._check_pictures(split)
 
@@ -163,7 +166,7 @@ class Run:
     @cached_property
     def device(self) -> str:
         """Where models run."""
-        return "cuda" if torch.cuda.is_available() and self.recipe.engine.device == "auto" else "cpu"
+        return pick_device(self.recipe.engine)
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -195,7 +198,7 @@ class Run:
         bar = self.console.bar("teacher towers")
         inputs = teacher_inputs(self.teacher, train, store, device=self.device, progress=bar)
         live = LiveTarget(teacher=self.teacher, examples=train, inputs=inputs, device=self.device)
-        request = self._teacher_request(live)
+        request = self._teacher_request()
         if not request.fields <= STORABLE:
             return live
         length = self._longest_text(inputs)
@@ -207,14 +210,11 @@ class Run:
             self._book("targets", "train", meter.cost)
         return built.source
 
-    def _teacher_request(self, live: LiveTarget) -> Request:
+    def _teacher_request(self) -> Request:
         """Union of what all arms ask of the teacher."""
-        total = Request(fields=frozenset())
-        student = self._new_student(self.recipe.seeds[0])
-        for arm in self.recipe.student_arms:
-            job = self._job(student, arm, self.recipe.seeds[0], self._inputs(student, self.data.train), live)
-            total |= requests(job)[1]
-        return total
+        terms = [term for arm in self.recipe.student_arms for term in self._objectives(arm)]
+        fusion = self.recipe.student.fusion
+        return merged_requests(terms, 0 if fusion.kind == "none" else fusion.depth, self.teacher.depth)[1]
 
     def _longest_text(self, inputs: ModelInputs | None) -> int:
         if inputs is not None and not isinstance(inputs.text, torch.nn.Module):
@@ -321,9 +321,7 @@ class Run:
             arms["majority"] = [majority(self.data.train, self.data.test)]
         arms |= self.scores
         metrics = metrics_json(self.recipe.task, self.data.test.split, arms, compared_arms(list(arms)))
-        (self.out / "metrics.part").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
-        (self.out / "metrics.part").replace(self.out / "metrics.json")
-        draw_arms(metrics, self.ledger.to_json(), self.out / "arms.png")
+        write_atomic(self.out / "metrics.json", json.dumps(metrics, indent=2).encode())
         write_report(self.out)
         return metrics
 

@@ -36,9 +36,9 @@ class PictureFile:
 
     path: Path
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """SHA-256 of the file."""
+        """SHA-256 of the file, read once."""
         try:
             return sha256(self.path.read_bytes()).hexdigest()
         except OSError as error:

@@ -101,12 +101,22 @@ def train_phase(job: PhaseJob) -> tuple[PhaseCost, list[dict[str, float]]]:
         return _fit(job, module, teacher_request, arguments, flops)
 
 
+def pick_device(engine: EngineSpec) -> str:
+    """Return where models run: a GPU if there is one and the engine leaves the choice."""
+    return "cuda" if torch.cuda.is_available() and engine.device == "auto" else "cpu"
+
+
 def requests(job: PhaseJob) -> tuple[Request, Request]:
     """Return what the student's and the teacher's forward passes must record for the job's objectives."""
-    student, teacher = Request(fields=frozenset()), Request(fields=frozenset())
     teacher_depth = job.target.depth if job.target is not None else 0
-    for objective in job.objectives:
-        ours, theirs = objective.requests(job.student.fusion.depth, teacher_depth)
+    return merged_requests(job.objectives, job.student.fusion.depth, teacher_depth)
+
+
+def merged_requests(objectives: Sequence[Objective], student_depth: int, teacher_depth: int) -> tuple[Request, Request]:
+    """Return the union of what objectives ask of a student and of a teacher with these numbers of layers."""
+    student, teacher = Request(fields=frozenset()), Request(fields=frozenset())
+    for objective in objectives:
+        ours, theirs = objective.requests(student_depth, teacher_depth)
         student, teacher = student | ours, teacher | theirs
     return student, teacher
 
@@ -236,7 +246,7 @@ def _arguments(job: PhaseJob) -> TrainingArguments:
     if engine.deepspeed is not None and not engine.deepspeed.is_file():
         raise CvlmError(f"engine.deepspeed names {engine.deepspeed}, which is no file")
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    cpu = engine.device == "cpu" or not torch.cuda.is_available()
+    cpu = pick_device(engine) == "cpu"
     per_step = phase.batch_size * phase.accumulate
     if phase.batch_size % world:
         raise CvlmError(f"batch_size {phase.batch_size} cannot be split evenly over {world} processes")

@@ -10,6 +10,7 @@ from typing import Any
 from cvlm.data.importers.records import (
     ImageSource,
     ImportOptions,
+    Row,
     Skips,
     Source,
     Text,
@@ -34,7 +35,7 @@ def read(path: Path, options: ImportOptions) -> Source:
     """
     folders = [options.images] if options.images is not None else [path / "images", path]
     skips = Skips()
-    rows: list[tuple[str, str, tuple[ImageSource, ...], Text]] = []
+    rows: list[Row] = []
     files: list[SourceFile] = []
     total = 0
     for split in SPLITS:

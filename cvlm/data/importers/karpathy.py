@@ -10,8 +10,8 @@ from typing import Any
 
 from cvlm.data.importers.records import (
     ImageFile,
-    ImageSource,
     ImportOptions,
+    Row,
     Skips,
     Source,
     Text,
@@ -27,8 +27,6 @@ from cvlm.data.pixels import safe_name
 from cvlm.errors import CvlmError
 
 SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
-
-Row = tuple[str, str, tuple[ImageSource, ...], Text]
 
 
 def read(path: Path, options: ImportOptions) -> Source:

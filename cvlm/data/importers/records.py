@@ -255,7 +255,11 @@ def id_at(row: Any, key: str) -> str:
     raise CvlmError(f"{key!r} must be a whole number or a short text, got {value!r:.80}")
 
 
-def group(samples: Iterable[tuple[str, str, tuple[ImageSource, ...], Text]]) -> list[Sample]:
+Row = tuple[str, str, tuple[ImageSource, ...], Text]
+"""What an importer makes of one question or caption: split, picture id, pictures, text."""
+
+
+def group(samples: Iterable[Row]) -> list[Sample]:
     """Collect rows (split, picture id, pictures, text) into one sample per picture, in order of first use."""
     found: dict[tuple[str, str], tuple[tuple[ImageSource, ...], list[Text]]] = {}
     for split, image_id, images, text in samples:

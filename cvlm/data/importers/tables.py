@@ -18,8 +18,8 @@ from cvlm.data.importers.lines import decode_text, good, json_rows
 from cvlm.data.importers.records import (
     IMAGE_SUFFIXES,
     ImageFile,
-    ImageSource,
     ImportOptions,
+    Row,
     Skips,
     Source,
     Text,
@@ -37,8 +37,6 @@ FIELDS = ("image", "text", "answer", "answers", "split", "id", "type")
 TEXT_COLUMNS = ("text", "question", "caption")
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 SPLIT_NAMES |= {"test": "test", "testing": "test"}
-
-Row = tuple[str, str, tuple[ImageSource, ...], Text]
 
 
 def read_jsonl(path: Path, options: ImportOptions) -> Source:

@@ -17,6 +17,7 @@ from cvlm.data.importers.records import (
     ImageFile,
     ImageSource,
     ImportOptions,
+    Row,
     Skips,
     Source,
     Text,
@@ -31,8 +32,6 @@ from cvlm.data.shard_index import SourceFile
 from cvlm.errors import CvlmError
 
 SPLITS = {"train2014": "train", "val2014": "val", "test2015": "test", "test-dev2015": "testdev"}
-
-Row = tuple[str, str, tuple[ImageSource, ...], Text]
 
 
 def read_vqav2(path: Path, options: ImportOptions) -> Source:
