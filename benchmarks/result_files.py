@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.statistics import paired_difference, verdict
 from benchmarks.tasks import PRIMARY, Scores
 from cvlm.errors import CvlmError
-from cvlm.report.files import write_atomic
+from cvlm.files import write_atomic
 
 _SAME = ("task", "data_fingerprint", "labels_fingerprint", "split", "n")
 

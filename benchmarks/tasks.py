@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from benchmarks.metrics import RetrievalRanks, ranks_from_scores, retrieval_ranks, vqa_accuracies
 from cvlm.data import Examples, SoftLabels
 from cvlm.errors import CvlmError
+from cvlm.files import write_with
 from cvlm.training import Prediction
 
 PRIMARY: dict[str, str] = {"vqa": "accuracy", "retrieval": "text_to_image_recall@10"}
@@ -36,10 +37,7 @@ class Scores:
         """Write atomically, without pickle."""
         arrays: dict[str, NDArray[Any]] = {f"value/{name}": array for name, array in self.values.items()}
         arrays |= {f"cluster/{name}": array for name, array in self.clusters.items()}
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        part.replace(path)
+        write_with(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: Path) -> "Scores":

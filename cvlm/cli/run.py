@@ -29,9 +29,9 @@ from cvlm.config import CvlmTeacherSpec, Recipe, SavedTeacherSpec, StudentSpec, 
 from cvlm.cost import Ledger, PhaseCost, PhaseMeter, machine_info
 from cvlm.data import Examples, Splits, load_data
 from cvlm.errors import CvlmError, unknown_name
+from cvlm.files import write_atomic
 from cvlm.model import CVLM, compose, load_model, save_model
 from cvlm.report import write_report
-from cvlm.report.files import write_atomic
 from cvlm.training import (
     LiveTarget,
     ModelInputs,

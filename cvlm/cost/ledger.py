@@ -12,6 +12,7 @@ from cvlm.cost.machine import machine_info
 from cvlm.cost.phase import PhaseCost
 from cvlm.cost.references import PRETRAINING_RUNS, Reference, compare
 from cvlm.errors import CvlmError
+from cvlm.files import write_atomic
 
 PHASES = ("encode", "teacher", "targets", "finetune", "distill", "chain", "evaluate")
 """Names of phases that CVLM itself books: encoding by frozen towers done once, fine-tuning the teacher, the teacher's
@@ -131,16 +132,8 @@ class Ledger:
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
-            with draft.open("w", encoding="utf-8") as file:
-                json.dump(self.to_json(), file, indent=2, allow_nan=False)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, self.path)
-        finally:
-            draft.unlink(missing_ok=True)
+        content = json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
+        write_atomic(self.path, content.encode())
 
 
 def _sum(costs: Any) -> PhaseCost:

@@ -5,7 +5,6 @@ member. So whatever changes after an import is noticed when it is read, not when
 """
 
 import json
-import os
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -15,6 +14,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, Vali
 from cvlm.config import Strict
 from cvlm.data.pixels import safe_name
 from cvlm.errors import CvlmError
+from cvlm.files import write_atomic
 
 SCHEMA: Literal["cvlm-shards/1"] = "cvlm-shards/1"
 INDEX = "index.json"
@@ -140,12 +140,7 @@ def write_json(path: Path, value: Any) -> str:
 
 def write_bytes(path: Path, content: bytes) -> str:
     """Write a file atomically; returns its SHA-256."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_atomic(path, content)
     return sha256(content).hexdigest()
 
 

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cvlm.report.files import write_atomic
+from cvlm.files import write_atomic
 from cvlm.report.tables import primary_metric
 
 if TYPE_CHECKING:

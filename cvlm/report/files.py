@@ -1,8 +1,6 @@
-"""Reading a run folder and writing into it without ever leaving half a file."""
+"""Reading the files of a run folder."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +38,3 @@ def read_json(run_dir: Path, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CvlmError(f"{run_dir / name} must hold a JSON object, not a {type(content).__name__}")
     return content
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file whole: a reader finds the old content or the new, and a crash leaves the old."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp makes files private; a report is as readable as any other file that the user writes.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

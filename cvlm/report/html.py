@@ -7,9 +7,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from cvlm.files import write_atomic
 from cvlm.report import tables
 from cvlm.report.arms import draw_arms
-from cvlm.report.files import read_json, read_text, write_atomic
+from cvlm.report.files import read_json, read_text
 from cvlm.report.tables import Table
 
 
