@@ -11,11 +11,19 @@ from numpy.typing import NDArray
 
 from benchmarks.metrics import RetrievalRanks, ranks_from_scores, retrieval_ranks, vqa_accuracies
 from cvlm.data import Examples, SoftLabels
+from cvlm.data.matching import MATCH, MISMATCH
 from cvlm.errors import CvlmError
 from cvlm.files import write_with
+from cvlm.tasks import TASKS
 from cvlm.training import Prediction
 
-PRIMARY: dict[str, str] = {"vqa": "accuracy", "retrieval": "text_to_image_recall@10"}
+PRIMARY: dict[str, str] = {
+    "vqa": "accuracy",
+    "retrieval": "text_to_image_recall@10",
+    "nlvr2": "accuracy",
+    "snli_ve": "accuracy",
+    "itm": "accuracy",
+}
 """The metric that a task's comparisons and verdict are about."""
 
 RECALL_AT = (1, 5, 10)
@@ -53,15 +61,46 @@ class Scores:
 def score(task: str, examples: Examples, prediction: Prediction) -> Scores:
     """Score a prediction by the task's official rule.
 
-    `vqa`: accuracy of the highest-scored answer, see `answer_accuracy`. `retrieval`: recall@1/5/10 both ways over all
+    Answers: accuracy of the highest-scored one, see `answer_accuracy`; `nlvr2` adds consistency, `itm` the accuracy
+    over a caption's two pictures. `retrieval`: recall@1/5/10 both ways over all
     pictures and texts of the split; where a matching head re-ranked candidates, those stand above all others, by match
     score.
     """
-    if task == "vqa":
-        assert prediction.logits is not None, "a vqa model gives logits"
-        correct = answer_accuracy(examples, prediction.logits.argmax(-1))
-        return Scores(values={"accuracy": correct}, clusters={"accuracy": examples.image_of})
-    return _score_retrieval(examples, prediction)
+    if TASKS[task].output == "similarity":
+        return _score_retrieval(examples, prediction)
+    assert prediction.logits is not None, "a model that answers gives logits"
+    values = {"accuracy": answer_accuracy(examples, prediction.logits.argmax(-1))}
+    clusters = {"accuracy": examples.unit_of}
+    if task == "nlvr2":
+        values["consistency"], clusters["consistency"] = consistency(values["accuracy"], examples.text_of)
+    if task == "itm":
+        values["two_picture_accuracy"] = two_picture_accuracy(prediction.logits)
+        clusters["two_picture_accuracy"] = examples.image_of[: len(values["two_picture_accuracy"])]
+    return Scores(values=values, clusters=clusters)
+
+
+def consistency(correct: NDArray[np.float64], text_of: NDArray[np.int64]) -> tuple[Any, Any]:
+    """Return 1 for each statement that is judged right about all its pictures, else 0 (NLVR2, Suhr et al. 2019).
+
+    Args:
+        correct: `[n]` 1 where the pair is judged right.
+        text_of: `[n]` the statement of each pair; as in the official script, equal wording is one statement.
+
+    Returns:
+        `[statements]` values and their statements.
+    """
+    statements, of = np.unique(text_of, return_inverse=True)
+    return 1.0 - (np.bincount(of, weights=correct < 1) > 0), statements
+
+
+def two_picture_accuracy(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return 1 for each caption whose own picture scores above its wrong one, 0.5 for a tie `[n]`.
+
+    Args:
+        logits: `[2n, 2]` of `cvlm.data.matching.matching_pairs`: first the right pictures, then the wrong ones.
+    """
+    right, wrong = np.split(logits[:, MATCH] - logits[:, MISMATCH], 2)
+    return np.where(right == wrong, 0.5, (right > wrong).astype(np.float64))
 
 
 def answer_accuracy(examples: Examples, chosen: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -80,7 +119,7 @@ def answer_accuracy(examples: Examples, chosen: NDArray[np.int64]) -> NDArray[np
 
 
 def majority(train: Examples, test: Examples) -> Scores:
-    """Score the honest vqa baseline: the most frequent training answer to the same question, else overall.
+    """Score the honest baseline of tasks that answer: the most frequent training answer to the same text, else overall.
 
     It sees every training label, also those that the student does not.
     """
@@ -95,7 +134,7 @@ def majority(train: Examples, test: Examples) -> Scores:
     best = {text: counts.most_common(1)[0][0] for text, counts in per_text.items() if counts}
     fallback = overall.most_common(1)[0][0]
     guess = np.array([best.get(test.texts[text], fallback) for text in test.text_of])
-    return Scores(values={"accuracy": answer_accuracy(test, guess)}, clusters={"accuracy": test.image_of})
+    return Scores(values={"accuracy": answer_accuracy(test, guess)}, clusters={"accuracy": test.unit_of})
 
 
 def _answers_of(examples: Examples, position: int) -> dict[int, float]:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from cvlm.data import Examples, PictureFile, load_data
     from cvlm.encoders import Encoder, EncoderOutput
     from cvlm.errors import CvlmError
-    from cvlm.model import CVLM, TASKS
+    from cvlm.model import CVLM
+    from cvlm.tasks import TASKS
     from distill.layout import ImageLayout, TextLayout
 
 __version__ = "0.1.0"
@@ -25,7 +26,7 @@ _HOMES = {
     "DistillResult": "cvlm.api",
     "evaluate": "benchmarks.runner",
     "CVLM": "cvlm.model",
-    "TASKS": "cvlm.model",
+    "TASKS": "cvlm.tasks",
     "Encoder": "cvlm.encoders",
     "EncoderOutput": "cvlm.encoders",
     "ImageLayout": "distill.layout",

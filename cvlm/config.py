@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from cvlm.errors import CvlmError
 
-Task = Literal["vqa", "retrieval"]
+Task = Literal["vqa", "retrieval", "nlvr2", "snli_ve", "itm"]
 FusionKind = Literal["co_attention", "merged", "cross", "none"]
 TRAIN_MODE = re.compile(r"frozen|full|last_[1-9][0-9]*")
 RESERVED_PHASES: dict[str, str] = {

@@ -20,9 +20,10 @@ from cvlm.data import DATA_KINDS
 from cvlm.data.importers import DESCRIPTIONS
 from cvlm.encoders import TEXT_SCHEMES, VISION_SCHEMES
 from cvlm.errors import CvlmError
-from cvlm.model import CVLM, TASKS, save_model
+from cvlm.model import CVLM, save_model
 from cvlm.report import baseline_table, comparison_table, cost_table, result_table, write_report
 from cvlm.report.files import read_json
+from cvlm.tasks import TASKS
 from distill import OBJECTIVES, TEACHERS
 from fusion import BLOCKS
 
@@ -139,7 +140,8 @@ def show_list(arguments: argparse.Namespace) -> None:
             for kind, block in BLOCKS.items()
         }
         formats = DATA_KINDS | {f"cvlm data import {name}": what for name, what in DESCRIPTIONS.items()}
-        tables = {"fusions": fusions, "teachers": TEACHERS, "tasks": TASKS, "formats": formats}
+        tasks = {name: facts.what for name, facts in TASKS.items()}
+        tables = {"fusions": fusions, "teachers": TEACHERS, "tasks": tasks, "formats": formats}
         console.table(arguments.what.capitalize(), ("name", "what"), sorted(tables[arguments.what].items()))
 
 

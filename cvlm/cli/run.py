@@ -32,6 +32,7 @@ from cvlm.errors import CvlmError, unknown_name
 from cvlm.files import write_atomic
 from cvlm.model import CVLM, compose, load_model, save_model
 from cvlm.report import write_report
+from cvlm.tasks import TASKS
 from cvlm.training import (
     LiveTarget,
     ModelInputs,
@@ -199,7 +200,7 @@ class Run:
         inputs = teacher_inputs(self.teacher, train, store, device=self.device, progress=bar)
         live = LiveTarget(teacher=self.teacher, examples=train, inputs=inputs, device=self.device)
         request = self._teacher_request()
-        if not request.fields <= STORABLE:
+        if not request.fields <= STORABLE or TASKS[self.recipe.task].pictures > 1:
             return live
         length = self._longest_text(inputs)
         with self._alone("targets"), PhaseMeter(device=self.device) as meter:
@@ -317,7 +318,7 @@ class Run:
 
     def _report(self) -> dict[str, Any]:
         arms: dict[str, list[Scores]] = {}
-        if self.recipe.task == "vqa":
+        if TASKS[self.recipe.task].output == "answers":
             arms["majority"] = [majority(self.data.train, self.data.test)]
         arms |= self.scores
         metrics = metrics_json(self.recipe.task, self.data.test.split, arms, compared_arms(list(arms)))

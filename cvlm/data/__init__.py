@@ -4,6 +4,8 @@ from cvlm.config import EasyVqaData, JsonLinesData, OpenMojiData, ShardsData
 from cvlm.data.answers import SoftLabels
 from cvlm.data.examples import UNLABELLED, Examples, Picture, PictureFile, Splits, index_texts
 from cvlm.data.features import StoredTokens, encode_once
+from cvlm.data.matching import matching_pairs
+from cvlm.tasks import TASKS
 
 DATA_KINDS: dict[str, str] = {
     "easy_vqa": "easy-VQA from its PyPI package, official split",
@@ -22,16 +24,22 @@ def load_data(spec: EasyVqaData | OpenMojiData | JsonLinesData | ShardsData, tas
     from cvlm.data import easy_vqa, from_shards, json_lines, openmoji
     from cvlm.errors import CvlmError
 
-    made_for = {"easy_vqa": "vqa", "openmoji": "retrieval"}.get(spec.kind, task)
-    if made_for != task:
-        raise CvlmError(f"data kind {spec.kind!r} is made for task {made_for!r}, the recipe says {task!r}")
+    base = TASKS[task].data
+    made_for = {"easy_vqa": "vqa", "openmoji": "retrieval"}.get(spec.kind, base)
+    if made_for != base:
+        serves = ", ".join(name for name, facts in TASKS.items() if facts.data == made_for)
+        raise CvlmError(f"data kind {spec.kind!r} is made for task {serves}; the recipe says {task!r}")
     if isinstance(spec, EasyVqaData):
-        return easy_vqa.load(spec)
-    if isinstance(spec, OpenMojiData):
-        return openmoji.load(spec)
-    if isinstance(spec, ShardsData):
-        return from_shards.load(spec, task)
-    return json_lines.load(spec, task)
+        splits = easy_vqa.load(spec)
+    elif isinstance(spec, OpenMojiData):
+        splits = openmoji.load(spec)
+    elif isinstance(spec, ShardsData):
+        splits = from_shards.load(spec, base)
+    else:
+        splits = json_lines.load(spec, base)
+    if task == "itm":
+        return Splits(train=matching_pairs(splits.train), test=matching_pairs(splits.test))
+    return splits
 
 
 __all__ = [

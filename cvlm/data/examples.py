@@ -68,7 +68,7 @@ class Examples:
         split: `train` or `test`.
         pictures: distinct pictures.
         texts: distinct texts.
-        image_of: `[n]` picture index of each pair.
+        image_of: `[n]` picture index of each pair; `[n, 2]` for tasks over two pictures.
         text_of: `[n]` text index of each pair.
         labels: `[n]` answer index (vqa) or picture group (retrieval), `UNLABELLED` where it is hidden; or for vqa soft
             scores, whose rows are `[n_answers]`.
@@ -103,6 +103,11 @@ class Examples:
         return len(self.image_of)
 
     @property
+    def unit_of(self) -> NDArray[np.int64]:
+        """What the bootstrap resamples, `[n]`: the picture, or over two pictures the statement."""
+        return self.image_of if self.image_of.ndim == 1 else self.text_of
+
+    @property
     def labelled(self) -> NDArray[np.int64]:
         """Indices of the pairs that have a label."""
         known = self.labels.known if isinstance(self.labels, SoftLabels) else self.labels >= 0
@@ -125,6 +130,7 @@ class Examples:
         if number is None or number >= len(self):
             return self
         pictures, image_of = np.unique(self.image_of[:number], return_inverse=True)
+        image_of = image_of.reshape(self.image_of[:number].shape)
         texts, text_of = np.unique(self.text_of[:number], return_inverse=True)
         return replace(
             self,

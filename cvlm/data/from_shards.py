@@ -1,15 +1,16 @@
-"""Splits out of imported shards: questions with people's answers for vqa, one query per caption for retrieval."""
+"""Splits out of imported shards: questions with people's answers, statements with one, one query per caption."""
 
 from typing import Any
 
 import numpy as np
 
 from cvlm.config import ShardsData
-from cvlm.data.answers import SoftLabels
+from cvlm.data.answers import UNLABELLED, SoftLabels
 from cvlm.data.examples import Examples, Splits, index_texts
 from cvlm.data.shard_index import FolderIndex, read_folder_index
 from cvlm.data.shards import ShardReader
 from cvlm.errors import CvlmError
+from cvlm.tasks import TASKS
 
 
 def load(spec: ShardsData, task: str) -> Splits:
@@ -24,9 +25,9 @@ def load(spec: ShardsData, task: str) -> Splits:
     scored = spec.evaluate if spec.evaluate is not None else index.evaluate
     train = read_split(spec, index, "train").limit(spec.limit)
     test = read_split(spec, index, scored).limit(spec.limit)
-    if task == "vqa" and len(test.labelled) < len(test):
+    if task != "retrieval" and len(test.labelled) < len(test):
         raise CvlmError(
-            f"{len(test) - len(test.labelled)} of {len(test)} questions of the split {scored!r} in {spec.path} have no "
+            f"{len(test) - len(test.labelled)} of {len(test)} texts of the split {scored!r} in {spec.path} have no "
             "answer to score; take another with data.evaluate"
         )
     return Splits(train=train, test=test)
@@ -40,27 +41,36 @@ def read_split(spec: ShardsData, index: FolderIndex, split: str) -> Examples:
     """
     reader = ShardReader(spec.path, split, index)
     rows: list[dict[str, Any]] = []
-    image_of: list[int] = []
+    places: list[int] = []
     for position in range(len(reader)):
         texts = reader.record(position)["texts"]
         rows += texts
-        image_of += [position] * len(texts)
-    pictures = [reader.picture(position) for position in range(len(reader))]
+        places += [position] * len(texts)
+    shown = TASKS[index.task].pictures
+    pictures = [picture for position in range(len(reader)) for picture in reader.pictures(position)]
+    if len(pictures) != shown * len(reader):
+        raise CvlmError(f"{spec.path}: samples of task {index.task!r} have {shown} picture(s) each; import again")
+    image_of = np.array(places, dtype=np.int64)
     common: dict[str, Any] = {
         "name": index.name,
         "split": split,
         "pictures": pictures,
-        "image_of": np.array(image_of, dtype=np.int64),
+        "image_of": image_of if shown == 1 else image_of[:, None] * shown + np.arange(shown),
         "ids": tuple(row["id"] for row in rows),
         "types": tuple(row.get("type", "") for row in rows),
     }
     if index.task == "retrieval":
         # Every caption is a query of its own, as in COCO and Flickr: two pictures may well share one wording.
         each = np.arange(len(rows), dtype=np.int64)
-        return Examples(texts=tuple(row["text"] for row in rows), text_of=each, labels=common["image_of"], **common)
+        return Examples(texts=tuple(row["text"] for row in rows), text_of=each, labels=image_of, **common)
     texts, text_of = index_texts([row["text"] for row in rows])
     given = [tuple(row.get("answers", ())) for row in rows]
     answers = spec.answers if spec.answers is not None else index.answers
+    if TASKS[index.task].answers:
+        place = {answer: position for position, answer in enumerate(answers)}
+        truths = [place.get(one[0], UNLABELLED) if one else UNLABELLED for one in given]
+        labels = np.array(truths, dtype=np.int64)
+        return Examples(texts=texts, text_of=text_of, labels=labels, answers=answers, **common)
     return Examples(
         texts=texts,
         text_of=text_of,

@@ -243,7 +243,7 @@ def _entry(folder: Path, shard: ShardIndex) -> ShardEntry:
 
 
 def _vocabulary(source: Source, train: list[Sample], settings: ImportSettings) -> tuple[tuple[str, ...], int]:
-    if source.task != "vqa":
+    if source.task == "retrieval":
         return (), 0
     given = [text.answer for sample in train for text in sample.texts if text.answer is not None]
     if source.answers is not None:

@@ -9,18 +9,21 @@ import numpy as np
 from cvlm.config import JsonLinesData
 from cvlm.data.examples import UNLABELLED, Examples, PictureFile, Splits, index_texts
 from cvlm.errors import CvlmError, nearest
+from cvlm.tasks import TASKS
 
 Row = dict[str, Any]
 
 
 def load(spec: JsonLinesData, task: str) -> Splits:
-    """Read both splits. For vqa every test line needs an answer; training lines without one are unlabelled pairs.
+    """Read both splits. Where a task has answers every test line needs one; training lines without are unlabelled.
 
     Raises:
         CvlmError: a file is missing, a line is damaged, or an answer is outside the vocabulary.
     """
+    if TASKS[task].pictures > 1:
+        raise CvlmError(f"data kind 'jsonl' has one picture per line, task {task!r} has two; see cvlm data import")
     train_rows, test_rows = _rows(spec.path / "train.jsonl"), _rows(spec.path / "test.jsonl")
-    answers = spec.answers if spec.answers is not None else _collect_answers(train_rows) if task == "vqa" else ()
+    answers = spec.answers if spec.answers is not None else _vocabulary(train_rows, task)
     return Splits(
         train=_split(spec, "train", train_rows, answers, task).limit(spec.limit),
         test=_split(spec, "test", test_rows, answers, task).limit(spec.limit),
@@ -59,7 +62,9 @@ def _checked(row: Any, place: str) -> Row:
     return row
 
 
-def _collect_answers(rows: list[Row]) -> tuple[str, ...]:
+def _vocabulary(rows: list[Row], task: str) -> tuple[str, ...]:
+    if task == "retrieval" or TASKS[task].answers:
+        return TASKS[task].answers
     return tuple(sorted({row["answer"] for row in rows if row.get("answer") is not None}))
 
 
@@ -73,8 +78,8 @@ def _split(spec: JsonLinesData, split: str, rows: list[Row], answers: tuple[str,
         # Every caption is a query of its own, as in COCO and Flickr: two pictures may well share one wording.
         texts, text_of = tuple(row["text"] for row in rows), np.arange(len(rows), dtype=np.int64)
     index = {answer: position for position, answer in enumerate(answers)}
-    labels = [_label(row, spec.path / f"{split}.jsonl", index) for row in rows] if task == "vqa" else image_of
-    if task == "vqa" and split == "test" and UNLABELLED in labels:
+    labels = [_label(row, spec.path / f"{split}.jsonl", index) for row in rows] if answers else image_of
+    if answers and split == "test" and UNLABELLED in labels:
         line = rows[list(labels).index(UNLABELLED)]["line"]
         raise CvlmError(f"{spec.path / 'test.jsonl'} line {line} has no answer; every test question needs one")
     return Examples(

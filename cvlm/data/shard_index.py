@@ -115,7 +115,7 @@ class FolderIndex(Strict):
     schema_: Literal["cvlm-shards/1"] = Field(default=SCHEMA, alias="schema")
     name: str
     data_format: str
-    task: Literal["vqa", "retrieval"]
+    task: Literal["vqa", "retrieval", "nlvr2", "snli_ve"]
     rule: Literal["vqa", "exact", "none"]
     evaluate: str
     licence: str | None

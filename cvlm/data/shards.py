@@ -221,9 +221,14 @@ class ShardReader:
         return json.loads(read_member(shard, sample.members["json"], sample.key))
 
     def picture(self, position: int) -> ShardPicture:
-        """Return the picture of a sample, not yet read."""
+        """Return the picture of a sample, not yet read; two pictures count as one."""
         shard, sample = self._places[position]
         return ShardPicture(shard, sample.key, tuple(sample.pictures))
+
+    def pictures(self, position: int) -> list[ShardPicture]:
+        """Return the one or two pictures of a sample, not yet read."""
+        shard, sample = self._places[position]
+        return [ShardPicture(shard, sample.key, (member,)) for member in sample.pictures]
 
 
 def read_member(shard: Path, member: Member, sample: str) -> bytes:

@@ -11,14 +11,10 @@ from cvlm.config import StudentSpec
 from cvlm.encoders import EncoderOutput, keep_frozen_in_eval
 from cvlm.errors import CvlmError, unknown_name
 from cvlm.model.heads import AnswerHead, EmbeddingHead, MatchingHead, hard_negatives, masked_mean
+from cvlm.tasks import TASKS
 from distill.layout import ImageLayout, TextLayout
 from distill.signal import Request, Signal
 from fusion import Fusion, FusionOutput
-
-TASKS: dict[str, str] = {
-    "vqa": "answer a question about an image: one class per answer of a vocabulary",
-    "retrieval": "find the text of an image and the image of a text",
-}
 
 Inputs = EncoderOutput | Mapping[str, Tensor]
 
@@ -34,20 +30,20 @@ class CVLM(nn.Module):
         task: a key of `TASKS`.
         vision: a vision `Encoder`.
         text: a text `Encoder`.
-        answers: the answer vocabulary, for `vqa`.
+        answers: the answer vocabulary, for tasks that answer; where a task fixes it, it may be left out.
 
     Raises:
-        CvlmError: the task is unknown, `vqa` comes without at least two different answers, or an encoder lacks part
-            of the protocol.
+        CvlmError: the task is unknown, it lacks at least two different answers or has others than its own, or an
+            encoder lacks part of the protocol.
     """
 
     def __init__(
         self, spec: StudentSpec, *, task: str, vision: nn.Module, text: nn.Module, answers: tuple[str, ...] = ()
     ) -> None:
         super().__init__()
-        _check_task(task, answers)
+        self.answers = _checked_answers(task, tuple(answers))
         _check_encoders(vision=vision, text=text)
-        self.spec, self.task, self.answers = spec, task, tuple(answers)
+        self.spec, self.task, self.facts = spec, task, TASKS[task]
         self.vision, self.text = vision, text
         shape = spec.fusion
         self.fusion = Fusion(
@@ -61,9 +57,10 @@ class CVLM(nn.Module):
             dropout=shape.dropout,
         )
         pair_width = 2 * shape.width
-        self.answer_head = AnswerHead(pair_width, len(answers)) if task == "vqa" else None
-        self.embedding_head = EmbeddingHead(shape.width, spec.embedding) if task == "retrieval" else None
-        self.matching_head = MatchingHead(pair_width) if task == "retrieval" and self.fusion.depth else None
+        answering, compares = self.facts.output == "answers", self.facts.output == "similarity"
+        self.answer_head = AnswerHead(pair_width * self.facts.pictures, len(self.answers)) if answering else None
+        self.embedding_head = EmbeddingHead(shape.width, spec.embedding) if compares else None
+        self.matching_head = MatchingHead(pair_width) if compares and self.fusion.depth else None
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **encoders: nn.Module) -> "CVLM":
@@ -95,7 +92,7 @@ class CVLM(nn.Module):
     def fields(self) -> frozenset[str]:
         """Signal fields that this model can give."""
         layouts = frozenset({"text_layout", "image_layout"})
-        if self.task == "vqa":
+        if self.facts.output == "answers":
             hidden = frozenset({"hidden"}) if self.fusion.depth else frozenset()
             return frozenset({"logits", "pooled"}) | hidden | self.fusion.directions | layouts
         matching = frozenset({"matching"}) if self.matching_head is not None else frozenset()
@@ -116,6 +113,9 @@ class CVLM(nn.Module):
     ) -> Signal:
         """Run `b` image-text pairs.
 
+        A task over two pictures takes `2b` rows, the two of an example next to each other, each with the text. Logits
+        and pooled then have `b` rows, attention maps and hidden states `2b`.
+
         Args:
             image: what `vision.prepare` gave, or stored encoder outputs.
             text: what `text.prepare` gave, or stored encoder outputs.
@@ -126,10 +126,10 @@ class CVLM(nn.Module):
             A `Signal` with the fields that were requested and that the model has.
         """
         image_out, text_out = self.encode_image(image), self.encode_text(text)
-        if self.task == "retrieval":
+        if self.facts.output == "similarity":
             return self._retrieve(image_out, text_out, request, labels)
         fused = self._fuse(image_out, text_out, request)
-        pooled = self._pool(fused, image_out, text_out)
+        pooled = self._pool(fused, image_out, text_out).unflatten(0, (-1, self.facts.pictures)).flatten(1)
         assert self.answer_head is not None
         maps = fused.attention
         return Signal(
@@ -237,11 +237,19 @@ def _check_encoders(**encoders: nn.Module) -> None:
             )
 
 
-def _check_task(task: str, answers: tuple[str, ...]) -> None:
+def _checked_answers(task: str, answers: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the vocabulary of a model."""
     if task not in TASKS:
         raise unknown_name("task", task, TASKS)
-    if task == "vqa" and len(answers) < 2:
-        raise CvlmError(f"task 'vqa' needs an answer vocabulary of at least 2 answers, got {len(answers)}")
+    fixed, answering = TASKS[task].answers, TASKS[task].output == "answers"
+    if fixed and answers not in ((), fixed):
+        raise CvlmError(
+            f"task {task!r} has the answers {', '.join(fixed)}, not {', '.join(answers[:5])}; leave them out"
+        )
+    answers = answers or fixed
+    if answering and len(answers) < 2:
+        raise CvlmError(f"task {task!r} needs an answer vocabulary of at least 2 answers, got {len(answers)}")
     if len(set(answers)) != len(answers):
         twice = sorted({answer for answer in answers if answers.count(answer) > 1})
         raise CvlmError(f"the answer vocabulary repeats {', '.join(map(repr, twice[:5]))}")
+    return answers

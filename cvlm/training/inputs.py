@@ -40,10 +40,11 @@ class ModelInputs:
         return frozenset(tower for tower, source in pairs if isinstance(source, StoredTokens))
 
     def pairs(self, index: Indices) -> dict[str, Any]:
-        """Return `{"image", "text"}` inputs of some pairs."""
+        """Return `{"image", "text"}` inputs of some pairs; two pictures take two rows, each with the text."""
+        shown = self.examples.image_of[index].reshape(len(index), -1)
         return {
-            "image": self.images(self.examples.image_of[index]),
-            "text": self.texts(self.examples.text_of[index]),
+            "image": self.images(shown.ravel()),
+            "text": self.texts(np.repeat(self.examples.text_of[index], shown.shape[1])),
         }
 
     def images(self, index: Indices) -> Any:

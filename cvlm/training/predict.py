@@ -1,4 +1,4 @@
-"""Run a model over a split without gradient: answer logits for vqa, embeddings and match scores for retrieval."""
+"""Run a model over a split without gradient: answer logits, or embeddings and match scores for retrieval."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Prediction:
     """Outputs of a model over a split, in the split's order.
 
     Attributes:
-        logits: `[n, n_answers]` for vqa.
+        logits: `[n, n_answers]` for tasks that answer.
         images: `[pictures, e]` unit vectors for retrieval.
         texts: `[texts, e]` unit vectors for retrieval.
         rerank: `[pictures, texts]` scaled cosine plus match logit of the pairs that were re-ranked (BLIP's ranking
@@ -57,7 +57,7 @@ def predict(
     """
     model.to(device).eval()
     with torch.inference_mode():
-        if model.task == "vqa":
+        if model.facts.output == "answers":
             return _answer(model, inputs, batch_size, device, progress)
         return _embed_and_rerank(model, inputs, rerank, batch_size, device, progress)
 
@@ -66,7 +66,7 @@ def _answer(model: CVLM, inputs: ModelInputs, batch_size: int, device: str, prog
     def logits(index: Indices) -> Tensor:
         batch = move(inputs.pairs(index), device)
         signal: Signal = model(batch["image"], batch["text"])
-        assert signal.logits is not None, "a vqa model gives logits"
+        assert signal.logits is not None, "a model that answers gives logits"
         return signal.logits
 
     found, flops = _batched(logits, np.arange(len(inputs.examples)), batch_size, progress)

@@ -65,8 +65,10 @@ class LiveTarget:
         """Preprocess with the teacher's own processor, or read its towers' stored outputs."""
         if self.inputs is not None:
             return self.inputs.pairs(index)
-        pictures = [self.examples.pictures[i].load().convert("RGB") for i in self.examples.image_of[index]]
-        return self.teacher.prepare(pictures, [self.examples.texts[i] for i in self.examples.text_of[index]])
+        shown = self.examples.image_of[index].reshape(len(index), -1)
+        pictures = [self.examples.pictures[i].load().convert("RGB") for i in shown.ravel().tolist()]
+        texts = [self.examples.texts[i] for i in np.repeat(self.examples.text_of[index], shown.shape[1])]
+        return self.teacher.prepare(pictures, texts)
 
     def signal(self, batch: Any, request: Request) -> Signal:
         """Run the teacher without gradient."""

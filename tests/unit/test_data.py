@@ -61,7 +61,7 @@ class TestEasyVqa:
             assert few.pictures[few.image_of[row]] == easy.train.pictures[easy.train.image_of[row]]
 
     def test_it_is_no_retrieval_data(self) -> None:
-        with pytest.raises(CvlmError, match=r"'easy_vqa' is made for task 'vqa', the recipe says 'retrieval'"):
+        with pytest.raises(CvlmError, match=r"'easy_vqa' is made for task vqa; the recipe says 'retrieval'"):
             load_data(EasyVqaData(kind="easy_vqa"), "retrieval")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cvlm.data.importers.lines import decode_text, good, json_rows
 from cvlm.data.importers.records import (
@@ -20,11 +20,12 @@ from cvlm.data.importers.records import (
 )
 from cvlm.data.pixels import safe_name
 from cvlm.errors import CvlmError
+from cvlm.tasks import TASKS
 
 NLVR2_FILES = {"train": ("train.json",), "val": ("dev.json",), "test": ("test1.json", "test.json")}
 NLVR2_ANSWERS = {"True": "true", "False": "false"}
 SNLI_VE_FILES = {"train": ("snli_ve_train.jsonl",), "val": ("snli_ve_dev.jsonl",), "test": ("snli_ve_test.jsonl",)}
-SNLI_VE_ANSWERS = ("entailment", "neutral", "contradiction")
+SNLI_VE_ANSWERS = TASKS["snli_ve"].answers
 
 MakeRow = Callable[[Any, str], tuple[str, tuple[ImageSource, ...], Text]]
 
@@ -54,7 +55,7 @@ def read_nlvr2(path: Path, options: ImportOptions) -> Source:
         pair = tuple(find_image(folders, f"{stem}-img{side}.png") for side in (0, 1))
         return stem, pair, Text(id=name, text=text_at(raw, "sentence"), answers=(answer,), answer=answer, type=stem)
 
-    return _read(path, "NLVR2", NLVR2_FILES, row, ("true", "false"))
+    return _read(path, "NLVR2", "nlvr2", NLVR2_FILES, row)
 
 
 def read_snli_ve(path: Path, options: ImportOptions) -> Source:
@@ -75,11 +76,11 @@ def read_snli_ve(path: Path, options: ImportOptions) -> Source:
         name = image if Path(image).suffix.lower() in IMAGE_SUFFIXES else f"{image}.jpg"
         return image, (find_image(folders, name),), text
 
-    return _read(path, "SNLI-VE", SNLI_VE_FILES, row, SNLI_VE_ANSWERS)
+    return _read(path, "SNLI-VE", "snli_ve", SNLI_VE_FILES, row)
 
 
 def _read(
-    path: Path, name: str, names: Mapping[str, tuple[str, ...]], make: MakeRow, answers: tuple[str, ...]
+    path: Path, name: str, task: Literal["nlvr2", "snli_ve"], names: Mapping[str, tuple[str, ...]], make: MakeRow
 ) -> Source:
     skips, total = Skips(), 0
     rows: list[tuple[str, str, tuple[ImageSource, ...], Text]] = []
@@ -101,14 +102,14 @@ def _read(
     splits = {split for split, *_ in rows}
     return Source(
         name=name,
-        task="vqa",
+        task=task,
         rule="exact",
         evaluate="test" if "test" in splits else "val",
         samples=group(rows),
         files=tuple(files),
         rows=total,
         skipped=tuple(skips.found),
-        answers=answers,
+        answers=TASKS[task].answers,
     )
 
 

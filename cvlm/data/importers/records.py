@@ -112,7 +112,7 @@ class Source:
     """
 
     name: str
-    task: Literal["vqa", "retrieval"]
+    task: Literal["vqa", "retrieval", "nlvr2", "snli_ve"]
     rule: Literal["vqa", "exact", "none"]
     evaluate: str
     samples: list[Sample]
