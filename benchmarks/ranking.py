@@ -101,6 +101,33 @@ def ranks_of_embeddings(image: np.ndarray, text: np.ndarray, text_to_image: np.n
     )
 
 
+def ranks_in_lists(candidate: np.ndarray, score: np.ndarray, positive: np.ndarray, behind: np.ndarray) -> np.ndarray:
+    """Rank each query's best positive in a list of candidates of its own.
+
+    Args:
+        candidate: Index of each candidate ``[q, k]``, in no order; anything where the score is minus infinity.
+        score: Their scores ``[q, k]``, minus infinity where a list has ended.
+        positive: Whether a candidate is a right one ``[q, k]``.
+        behind: Where a query without any positive in its list finds one in the ranking that the list was taken from
+            ``[q]``; it counts as no better than just behind the list.
+
+    Returns:
+        Ranks ``[q]``, 0 for the top.
+
+    Raises:
+        ValueError: If a score is NaN.
+    """
+    if np.isnan(score).any():
+        row = int(np.flatnonzero(np.isnan(score).any(axis=1))[0])
+        raise ValueError(f"NaN among the scores of query {row}; check the model's match scores")
+    best = np.where(positive, score, -np.inf).max(axis=1)[:, None]
+    first = np.where(positive & (score == best), candidate, np.iinfo(candidate.dtype).max).min(axis=1)[:, None]
+    ahead = (score > best) | ((score == best) & (candidate < first))
+    # Rounding may put a positive that missed the list at a rank inside it: the two come from two matrix products.
+    behind = np.maximum(behind, (score > -np.inf).sum(axis=1))
+    return np.where(positive.any(axis=1), ahead.sum(axis=1), behind)
+
+
 def _ranks(score_rows: ScoreRows, positives: _Positives, n_candidate: int) -> np.ndarray:
     ranks = np.empty(len(positives), dtype=np.int64)
     for start, stop in _blocks(len(positives), n_candidate):

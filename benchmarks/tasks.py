@@ -1,16 +1,18 @@
 """How each task is scored: per-example values, so that arms can be compared pair by pair."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from benchmarks.metrics import RetrievalRanks, ranks_from_scores, retrieval_ranks, vqa_accuracies
-from cvlm.data import Examples, SoftLabels
+from benchmarks.captions import caption_values
+from benchmarks.metrics import vqa_accuracies
+from benchmarks.retrieval import score_retrieval
+from cvlm.data import CaptionWords, Examples, SoftLabels, captions_of_pictures
 from cvlm.data.matching import MATCH, MISMATCH
 from cvlm.errors import CvlmError
 from cvlm.files import write_with
@@ -23,10 +25,10 @@ PRIMARY: dict[str, str] = {
     "nlvr2": "accuracy",
     "snli_ve": "accuracy",
     "itm": "accuracy",
+    "text": "accuracy",
+    "captioning": "cider",
 }
 """The metric that a task's comparisons and verdict are about."""
-
-RECALL_AT = (1, 5, 10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +36,9 @@ class Scores:
     """Per-example values of one model on one split.
 
     Attributes:
-        values: metric -> `[n]` fractions; the metric is their mean.
-        clusters: metric -> `[n]` the picture of each example: what the bootstrap resamples.
+        values: metric -> `[n]` fractions (CIDEr alone goes up to 10); the metric is their mean.
+        clusters: metric -> `[n]` what the bootstrap resamples: the picture of each example, or over two pictures its
+            statement.
     """
 
     values: dict[str, NDArray[np.float64]]
@@ -62,12 +65,17 @@ def score(task: str, examples: Examples, prediction: Prediction) -> Scores:
     """Score a prediction by the task's official rule.
 
     Answers: accuracy of the highest-scored one, see `answer_accuracy`; `nlvr2` adds consistency, `itm` the accuracy
-    over a caption's two pictures. `retrieval`: recall@1/5/10 both ways over all
-    pictures and texts of the split; where a matching head re-ranked candidates, those stand above all others, by match
-    score.
+    over a caption's two pictures. `retrieval`: see `benchmarks.retrieval`. `captioning`: see `benchmarks.captions`;
+    METEOR and SPICE are left to `score_captions`.
     """
+    if TASKS[task].output == "words":
+        assert prediction.captions is not None, "a captioner gives captions"
+        return score_captions(examples, prediction.captions)
     if TASKS[task].output == "similarity":
-        return _score_retrieval(examples, prediction)
+        if prediction.retrieved is None:
+            raise ValueError("retrieval is scored from embeddings, and the prediction has none")
+        values, clusters = score_retrieval(examples, prediction.retrieved)
+        return Scores(values=values, clusters=clusters)
     assert prediction.logits is not None, "a model that answers gives logits"
     values = {"accuracy": answer_accuracy(examples, prediction.logits.argmax(-1))}
     clusters = {"accuracy": examples.unit_of}
@@ -79,12 +87,26 @@ def score(task: str, examples: Examples, prediction: Prediction) -> Scores:
     return Scores(values=values, clusters=clusters)
 
 
-def consistency(correct: NDArray[np.float64], text_of: NDArray[np.int64]) -> tuple[Any, Any]:
-    """Return 1 for each statement that is judged right about all its pictures, else 0 (NLVR2, Suhr et al. 2019).
+def score_captions(examples: Examples, captions: Sequence[str], *, java: bool = False) -> Scores:
+    """Score captions against all references of each picture.
 
     Args:
-        correct: `[n]` 1 where the pair is judged right.
-        text_of: `[n]` the statement of each pair; as in the official script, equal wording is one statement.
+        examples: the split.
+        captions: one for every picture of the split.
+        java: also METEOR and SPICE, see `benchmarks.captions.caption_values`.
+    """
+    references = captions_of_pictures(examples)
+    values = caption_values([captions[picture] for picture in references], list(references.values()), java=java)
+    pictures = np.array(list(references), dtype=np.int64)
+    return Scores(values=values, clusters=dict.fromkeys(values, pictures))
+
+
+def consistency(correct: NDArray[np.float64], text_of: NDArray[np.int64]) -> tuple[Any, Any]:
+    """Return 1 for each statement that is judged right about every pair of pictures, else 0 (NLVR2, Suhr et al. 2019).
+
+    Args:
+        correct: `[n]` 1 where the statement is judged right about the pair.
+        text_of: `[n]` the statement of each pair.
 
     Returns:
         `[statements]` values and their statements.
@@ -121,8 +143,13 @@ def answer_accuracy(examples: Examples, chosen: NDArray[np.int64]) -> NDArray[np
 def majority(train: Examples, test: Examples) -> Scores:
     """Score the honest baseline of tasks that answer: the most frequent training answer to the same text, else overall.
 
-    It sees every training label, also those that the student does not.
+    For captioning it says the most frequent training caption about every picture; of several, the first by alphabet. It
+    sees every training label, also those that the student does not.
     """
+    if isinstance(train.labels, CaptionWords):
+        counts = Counter(train.texts[text] for text in train.text_of)
+        usual = min(counts, key=lambda caption: (-counts[caption], caption))
+        return score_captions(test, [usual] * len(test.pictures))
     overall: Counter[int] = Counter()  # of score, which is a fraction for soft labels
     per_text: dict[str, Counter[int]] = {}
     for position in train.labelled:
@@ -142,31 +169,3 @@ def _answers_of(examples: Examples, position: int) -> dict[int, float]:
     if isinstance(examples.labels, SoftLabels):
         return dict(examples.labels.row(position))
     return {int(examples.labels[position]): 1.0}
-
-
-def _score_retrieval(examples: Examples, prediction: Prediction) -> Scores:
-    if prediction.images is None or prediction.texts is None:
-        raise ValueError("retrieval is scored from embeddings, and the prediction has none")
-    pairs = np.unique(np.stack([examples.text_of, examples.image_of]), axis=1)
-    text_to_image = pairs[1]
-    if len(np.unique(pairs[0])) < pairs.shape[1]:
-        twice = examples.texts[int(pairs[0][np.flatnonzero(np.diff(pairs[0]) == 0)[0]])]
-        raise CvlmError(
-            f"the text {twice!r} stands with several pictures; give retrieval each caption as a text of its own"
-        )
-    ranks: RetrievalRanks
-    if prediction.rerank is None:
-        ranks = retrieval_ranks(prediction.images, prediction.texts, text_to_image)
-    else:
-        # Double precision: a shift of single-precision scores would turn close ones into ties.
-        rerank, similarity = prediction.rerank.double(), (prediction.images @ prediction.texts.T).double()
-        chosen = rerank != -torch.inf
-        shift = similarity.max() - rerank[chosen].min() + 1
-        ranks = ranks_from_scores(torch.where(chosen, rerank + shift, similarity), text_to_image)
-    values, clusters = {}, {}
-    for k in RECALL_AT:
-        hits = ranks.hits(k)
-        for direction, own in (("text_to_image", text_to_image), ("image_to_text", np.arange(len(examples.pictures)))):
-            name = f"{direction}_recall@{k}"
-            values[name], clusters[name] = np.asarray(hits[direction], dtype=np.float64), own
-    return Scores(values=values, clusters=clusters)

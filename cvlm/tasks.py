@@ -10,14 +10,15 @@ class TaskFacts:
 
     Attributes:
         what: one line for people.
-        output: `answers` is one logit per answer of a vocabulary; `similarity` compares images with texts.
-        pictures: how many one example shows; each meets the text in a forward pass of its own.
+        output: `answers` is one logit per answer of a vocabulary; `similarity` compares images with texts; `words` is
+            one logit per word of a vocabulary at every place of a text.
+        pictures: how many one example shows; each meets the text in a forward pass of its own. 0: texts stand alone.
         answers: the vocabulary, where the task fixes it.
         data: the task whose data serves this one.
     """
 
     what: str
-    output: Literal["answers", "similarity"]
+    output: Literal["answers", "similarity", "words"]
     pictures: int = 1
     answers: tuple[str, ...] = ()
     data: str
@@ -49,4 +50,20 @@ TASKS: dict[str, TaskFacts] = {
         answers=("no", "yes"),
         data="retrieval",
     ),
+    "text": TaskFacts(
+        what="classify a text: one class per answer of a vocabulary, and no picture",
+        output="answers",
+        pictures=0,
+        data="text",
+    ),
+    "captioning": TaskFacts(what="describe an image in words, one after the other", output="words", data="retrieval"),
 }
+
+SPECIAL_WORDS = ("<unk>", "<start>", "<end>")
+"""A vocabulary of words begins with these: any other word, what stands before a caption, what ends it."""
+
+UNKNOWN, START, END = range(3)
+"""Their places."""
+
+LONGEST_CAPTION = 40
+"""Places of a caption, the sign for its end included; the rest of a longer one is neither learned nor generated."""

@@ -84,14 +84,16 @@ def align_attention(attention: Tensor, queries: Tensor, keys: Tensor) -> tuple[T
     because keys without a counterpart (special tokens) took part of it.
 
     Args:
-        attention: `[b, q, k]`, heads already reduced.
+        attention: `[b, q, k]`, or head by head `[b, h, q, k]`.
         queries: `[b, u, q]` or `[u, q]` shares of query tokens in units.
         keys: `[b, v, k]` or `[v, k]` shares of key tokens in units.
 
     Returns:
-        `[b, u, v]` with rows that sum to one, and `[b, u]` True where a row exists.
+        `[b, u, v]` (`[b, h, u, v]`) with rows that sum to one, and `[b, u]` (`[b, h, u]`) True where a row exists.
     """
     queries, keys = queries.to(attention), keys.to(attention)
+    if attention.dim() == 4:
+        queries, keys = (units[:, None] if units.dim() == 3 else units for units in (queries, keys))
     mass = queries @ attention @ keys.transpose(-1, -2)
     total = mass.sum(-1, keepdim=True)
     tiny = torch.finfo(attention.dtype).tiny

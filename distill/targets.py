@@ -16,13 +16,18 @@ from torch import Tensor
 
 from distill.errors import DistillError
 from distill.layout import ImageLayout, TextLayout
-from distill.signal import Signal
+from distill.signal import PROJECTIONS, Request, Signal
 from distill.store import ArrayStore
 
-STORABLE = frozenset({"logits", "pooled", "text_to_image", "image_to_text", "hidden", "text_layout", "image_layout"})
+ATTENTION = ("text_to_image", "image_to_text")
+STATES = ("hidden", *PROJECTIONS)
+STORABLE = frozenset({"logits", "top_logits", "pooled", *ATTENTION, *STATES, "text_layout", "image_layout"})
 """Fields that belong to one pair alone; `similarity` depends on the batch and needs the teacher itself."""
 
-PER_LAYER = ("text_to_image", "image_to_text", "hidden")
+
+def storable(request: Request) -> bool:
+    """Whether targets hold all that is requested: not what depends on the batch, nor attention head by head."""
+    return request.fields <= STORABLE and not request.per_head
 
 
 class TargetStore:
@@ -54,9 +59,11 @@ class TargetStore:
         """Store the signal of consecutive pairs.
 
         Raises:
-            DistillError: the signal has a field that depends on the batch, or a text has more tokens than there is
-                room for.
+            DistillError: the signal has a field that depends on the batch, or is over several pictures, or a text has
+                more tokens than there is room for.
         """
+        if signal.pictures > 1:
+            raise DistillError(f"targets over {signal.pictures} pictures cannot be stored; use the teacher live")
         if signal.fields - STORABLE:
             raise DistillError(f"fields {sorted(signal.fields - STORABLE)} cannot be stored; use the teacher live")
         columns = {name: tensor.detach().cpu().numpy() for name, tensor in _columns(signal).items()}
@@ -93,7 +100,9 @@ class TargetStore:
         if spans is not None:
             length = _used_length(columns)
             fields["text_layout"] = TextLayout(spans=spans[:, :length])
-        for name in PER_LAYER:
+        if "top_values" in columns:
+            fields["top_logits"] = (columns["top_values"], columns["top_indices"])
+        for name in (*ATTENTION, *STATES):
             layers = {int(key.split("-")[1]): value for key, value in columns.items() if key.startswith(name + "-")}
             if layers:
                 fields[name] = {layer: _restore(name, value.float(), length) for layer, value in layers.items()}
@@ -114,7 +123,9 @@ class TargetStore:
 
     def _row_shape(self, name: str, column: NDArray[Any]) -> tuple[int, ...]:
         shape = list(column.shape[1:])
-        text_axis = {"spans": 0, "hidden": 0, "text_to_image": 0, "image_to_text": 1}.get(name.split("-")[0])
+        text_axis = {"spans": 0, "image_to_text": 1, "text_to_image": 0, **dict.fromkeys(STATES, 0)}.get(
+            name.split("-")[0]
+        )
         if text_axis is not None:
             if shape[text_axis] > self.text_length:
                 raise DistillError(
@@ -131,10 +142,12 @@ def _columns(signal: Signal) -> dict[str, Tensor]:
     for name in ("logits", "pooled"):
         if getattr(signal, name) is not None:
             columns[name] = getattr(signal, name).float()
-    for name in PER_LAYER:
+    if signal.top_logits is not None:
+        columns["top_values"], columns["top_indices"] = signal.top_logits[0].float(), signal.top_logits[1]
+    for name in (*ATTENTION, *STATES):
         layers: Mapping[int, Tensor] = getattr(signal, name) or {}
         for layer, value in layers.items():
-            columns[f"{name}-{layer}"] = value.float() if name == "hidden" else value.float().mean(1).half()
+            columns[f"{name}-{layer}"] = value.float() if name in STATES else value.float().mean(1).half()
     if signal.text_layout is not None:
         columns["spans"] = signal.text_layout.spans
     return columns
@@ -155,7 +168,7 @@ def _used_length(columns: Mapping[str, Tensor]) -> int:
 
 def _restore(name: str, value: Tensor, length: int) -> Tensor:
     """Cut off unused padding; give attention its head axis back and rows that sum to one exactly."""
-    if name == "hidden":
+    if name in STATES:
         return value[:, :length]
     value = value[:, :length] if name == "text_to_image" else value[:, :, :length]
     return (value / value.sum(-1, keepdim=True).clamp_min(1e-6))[:, None]

@@ -14,6 +14,13 @@ def additive_mask(keep: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill(~keep, floor)[:, None, None, :]
 
 
+def causal_mask(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn `[b, k]` keep flags into an additive mask `[b, 1, k, k]` under which no token sees a later one."""
+    length = keep.shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool, device=keep.device).tril() & keep[:, None, None, :]
+    return torch.zeros(seen.shape, dtype=dtype, device=keep.device).masked_fill(~seen, torch.finfo(dtype).min / 2)
+
+
 class Attention(nn.Module):
     """Scaled dot-product attention of `query` tokens over `context` tokens (Vaswani et al. 2017, eq. 1).
 
@@ -48,7 +55,7 @@ class Attention(nn.Module):
         Args:
             query: `[b, q, d]`.
             context: `[b, k, d]`.
-            mask: `[b, 1, 1, k]` from `additive_mask`.
+            mask: `[b, 1, 1, k]` from `additive_mask`, or `[b, 1, q, k]` from `causal_mask`.
             probabilities: also return the attention, at the price of materialising it.
 
         Returns:
@@ -64,6 +71,10 @@ class Attention(nn.Module):
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.output(mixed.transpose(1, 2).flatten(2)), attention
+
+    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of tokens `[b, n, d]`, each `[b, n, d]`, heads side by side."""
+        return self.query(tokens), self.key(tokens), self.value(tokens)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

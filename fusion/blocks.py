@@ -23,7 +23,7 @@ class CrossAttention:
 
 @dataclass(frozen=True, kw_only=True)
 class Streams:
-    """The two token streams between layers: tokens `[b, n, d]` and additive masks `[b, 1, 1, n]`."""
+    """The two token streams between layers: tokens `[b, n, d]`, additive masks `[b, 1, 1, n]` or `[b, 1, n, n]`."""
 
     text: Tensor
     image: Tensor
@@ -57,6 +57,9 @@ class _StreamLayer(nn.Module):
         normed = self.self_norm(x)
         return self.residual(x, self.self_attention(normed, normed, mask)[0])
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attention.project(self.self_norm(x))
+
     def attend_cross(
         self, x: Tensor, context: Tensor, mask: Tensor, probabilities: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -82,6 +85,10 @@ class CoAttentionBlock(nn.Module):
         out = Streams(text=text_out, image=image_out, text_mask=s.text_mask, image_mask=s.image_mask)
         return out, None if to_image is None else CrossAttention(text_to_image=to_image, image_to_text=to_text)
 
+    def project_text(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of the self-attention of text tokens `[b, n_text, d]` that come in."""
+        return self.text.project(text)
+
 
 class CrossBlock(nn.Module):
     """The text attends to itself and to an image stream that stays as it is (ALBEF, BLIP)."""
@@ -96,6 +103,10 @@ class CrossBlock(nn.Module):
         text, to_image = self.text.attend_cross(text, s.image, s.image_mask, probabilities)
         out = Streams(text=text, image=s.image, text_mask=s.text_mask, image_mask=s.image_mask)
         return out, None if to_image is None else CrossAttention(text_to_image=to_image, image_to_text=None)
+
+    def project_text(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `CoAttentionBlock`."""
+        return self.text.project(text)
 
 
 class MergedBlock(nn.Module):
@@ -123,6 +134,10 @@ class MergedBlock(nn.Module):
         text, image = joint[:, :n_text], joint[:, n_text:]
         out = Streams(text=text, image=image, text_mask=s.text_mask, image_mask=s.image_mask)
         return out, None if attention is None else _cut(attention, n_text)
+
+    def project_text(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `CoAttentionBlock`; the attention is over the joint sequence."""
+        return self.attention.project(self.norm(text))
 
 
 def _cut(joint: Tensor, n_text: int) -> CrossAttention:

@@ -2,10 +2,11 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from fusion.attention import additive_mask
+from fusion.attention import additive_mask, causal_mask
 from fusion.blocks import CoAttentionBlock, CrossAttention, CrossBlock, MergedBlock, Streams
 from fusion.positions import grid_positions
 
@@ -27,12 +28,15 @@ class FusionOutput:
         image: `[b, n_image, d]`.
         attention: layer -> cross-modal attention, for the layers that were asked for and no other.
         hidden: layer -> `[b, n_text, d]` text states after that layer, for the layers that were asked for.
+        projections: layer -> queries, keys and values `[b, n_text, d]` of its self-attention at the text positions, for
+            the layers that were asked for.
     """
 
     text: Tensor
     image: Tensor
     attention: dict[int, CrossAttention] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    projections: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
 
 class _Projection(nn.Module):
@@ -107,6 +111,11 @@ class Fusion(nn.Module):
             return frozenset({"text_to_image"})
         return frozenset({"text_to_image", "image_to_text"})
 
+    @property
+    def projects(self) -> bool:
+        """Whether layers can give the queries, keys and values of text tokens; blocks of your own need not."""
+        return bool(self.blocks) and all(hasattr(block, "project_text") for block in self.blocks)
+
     def forward(
         self,
         text: Tensor,
@@ -118,6 +127,7 @@ class Fusion(nn.Module):
         image_special: int = 0,
         attention_layers: Collection[int] = (),
         hidden_layers: Collection[int] = (),
+        projection_layers: Collection[int] = (),
     ) -> FusionOutput:
         """Fuse.
 
@@ -130,26 +140,77 @@ class Fusion(nn.Module):
             image_special: leading image tokens outside the grid.
             attention_layers: layers whose attention is recorded; all others run through fused attention kernels.
             hidden_layers: layers whose text states are recorded.
+            projection_layers: layers whose queries, keys and values of text tokens are recorded.
 
         Raises:
-            ValueError: a requested layer does not exist, or the image tokens do not fill the grid.
+            ValueError: a requested layer does not exist or projects nothing, or the image tokens do not fill the grid.
         """
-        missing = {layer for layer in (*attention_layers, *hidden_layers) if not 0 <= layer < self.depth}
+        return self.fuse(
+            self.text_projection(text),
+            self.image_projection(image),
+            text_keep=text_keep,
+            image_keep=image_keep,
+            image_grid=image_grid,
+            image_special=image_special,
+            attention_layers=attention_layers,
+            hidden_layers=hidden_layers,
+            projection_layers=projection_layers,
+        )
+
+    def fuse(
+        self,
+        text: Tensor,
+        image: Tensor,
+        *,
+        text_keep: Tensor,
+        image_keep: Tensor,
+        image_grid: tuple[int, int],
+        image_special: int = 0,
+        causal: bool = False,
+        attention_layers: Collection[int] = (),
+        hidden_layers: Collection[int] = (),
+        projection_layers: Collection[int] = (),
+    ) -> FusionOutput:
+        """Fuse tokens that `text_projection` and `image_projection` gave, for items that meet many partners.
+
+        Args:
+            text: `[b, n_text, d]`.
+            image: `[b, n_image, d]`, without positions.
+            text_keep: as in `forward`, as all others.
+            image_keep: as in `forward`.
+            image_grid: as in `forward`.
+            image_special: as in `forward`.
+            causal: a text token sees no later one, as a decoder needs; only kind `cross` keeps that promise.
+            attention_layers: as in `forward`.
+            hidden_layers: as in `forward`.
+            projection_layers: as in `forward`.
+
+        Raises:
+            ValueError: as `forward`; or `causal` with blocks whose image tokens read the text.
+        """
+        if causal and any(not isinstance(block, CrossBlock) for block in self.blocks):
+            raise ValueError("causal fusion needs kind cross: elsewhere a text token sees later ones through the image")
+        asked = (*attention_layers, *hidden_layers, *projection_layers)
+        missing = {layer for layer in asked if not 0 <= layer < self.depth}
         if missing:
             raise ValueError(f"fusion has layers 0..{self.depth - 1}; asked for {sorted(missing)}")
         cells = image_special + image_grid[0] * image_grid[1]
         if image.shape[1] != cells:  # a grid of one cell would broadcast
             raise ValueError(f"grid {image_grid} and {image_special} special tokens make {cells}, not {image.shape[1]}")
         positions = grid_positions(image_grid, image_special, self.width).to(image.device, image.dtype)
-        text, image = self.text_projection(text), self.image_projection(image) + positions
+        image = image + positions
         streams = Streams(
             text=text,
             image=image,
-            text_mask=additive_mask(text_keep, text.dtype),
+            text_mask=(causal_mask if causal else additive_mask)(text_keep, text.dtype),
             image_mask=additive_mask(image_keep, image.dtype),
         )
-        attention, hidden = {}, {}
+        if projection_layers and not self.projects:
+            raise ValueError("a block of this fusion lacks the method project_text; queries, keys and values need it")
+        attention, hidden, projections = {}, {}, {}
         for layer, block in enumerate(self.blocks):
+            if layer in projection_layers:
+                projections[layer] = cast(Any, block).project_text(streams.text)
             streams, maps = block(streams, layer in attention_layers)
             if maps is not None:
                 attention[layer] = maps
@@ -160,4 +221,5 @@ class Fusion(nn.Module):
             image=self.image_norm(streams.image),
             attention=attention,
             hidden=hidden,
+            projections=projections,
         )

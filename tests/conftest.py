@@ -1,6 +1,6 @@
 """Parts that many tests share: tiny encoders on disk, small pictures, small data. Nothing here needs a network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend.train_from_iterator([*QUESTIONS] * 9, trainer)
     backend.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of the tests' own, also for the programs that they start."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CVLM_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -14,7 +15,9 @@ from benchmarks.runner import evaluate
 from cvlm.api import build as build_model
 from cvlm.cli.console import Console
 from cvlm.cli.data import data
+from cvlm.cli.doctor import doctor
 from cvlm.cli.run import RANK, Run
+from cvlm.cli.targets import targets
 from cvlm.config import load_recipe
 from cvlm.data import DATA_KINDS
 from cvlm.data.importers import DESCRIPTIONS
@@ -85,8 +88,11 @@ def bench(arguments: argparse.Namespace) -> None:
         task=arguments.task,
         split=arguments.split,
         rerank=arguments.rerank,
+        folds=arguments.folds,
+        exhaustive_sample=arguments.exhaustive_sample,
         device=arguments.device,
-        progress=console.bar("frozen towers"),
+        allow_contaminated=arguments.allow_contaminated,
+        progress=console.bar("scoring"),
         out=arguments.out,
     )
     rows = [
@@ -94,6 +100,7 @@ def bench(arguments: argparse.Namespace) -> None:
         for name, metric in result["metrics"].items()
     ]
     console.table(f"{result['data']}, {result['split']} split, n = {result['n']}", ("metric", "value", "95 %"), rows)
+    console.say(f"\ncontamination: {_stamp_line(result['contamination'])}")
     if arguments.out is not None:
         console.say(f"\nwritten to {arguments.out}")
 
@@ -145,6 +152,17 @@ def show_list(arguments: argparse.Namespace) -> None:
         console.table(arguments.what.capitalize(), ("name", "what"), sorted(tables[arguments.what].items()))
 
 
+def _stamp_line(stamp: str | dict[str, Any]) -> str:
+    """Say in one line what is known about training on the scored split."""
+    if isinstance(stamp, str):
+        return f"{stamp}; nobody recorded what the model was trained on"
+    line = f"{stamp['verdict'].upper() if stamp['verdict'] == 'contaminated' else stamp['verdict']}"
+    line += f"; {stamp['pictures']:,} pictures and {stamp['texts']:,} texts of the split stand in the training data"
+    if stamp["looks"]:
+        line += f"; {stamp['looks']:,} pictures look like one by a coarse hash, which simple pictures share"
+    return line
+
+
 def _print_cost(console: Console, folder: Path) -> None:
     ledger = read_json(folder, "cost.json")
     phases, baselines = cost_table(ledger), baseline_table(ledger)
@@ -166,7 +184,8 @@ def _objective_rows() -> Sequence[tuple[str, ...]]:
 
 
 def _size_rows(model: CVLM) -> Sequence[tuple[str, ...]]:
-    heads = nn.ModuleList(h for h in (model.answer_head, model.embedding_head, model.matching_head) if h is not None)
+    every = (model.answer_head, model.embedding_head, model.matching_head, model.decoder)
+    heads = nn.ModuleList(head for head in every if head is not None)
     parts = {"vision encoder": model.vision, "text encoder": model.text, "fusion": model.fusion, "heads": heads}
     rows = []
     for name, part in {**parts, "total": model}.items():
@@ -193,10 +212,12 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "build": build,
     "run": run,
     "train": train,
+    "targets": targets,
     "data": data,
     "bench": bench,
     "compare": compare,
     "cost": cost,
     "report": report,
+    "doctor": doctor,
     "list": show_list,
 }

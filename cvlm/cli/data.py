@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cvlm.data.shard_index import FolderIndex
+    from cvlm.data.verifying import Overlap
 
 
 def add_data_parser(commands: Any) -> None:
@@ -26,6 +27,12 @@ def add_data_parser(commands: Any) -> None:
     )
     load.add_argument("--columns", nargs="*", default=[], metavar="FIELD=COLUMN", help="column names of your own table")
     load.add_argument("--skip", type=float, default=0.01, help="share of rows and pictures that may be damaged")
+    load.add_argument(
+        "--check",
+        choices=("structure", "decode"),
+        default="structure",
+        help="how pictures are checked: by the structure of their files, or each by its decoder, several times as slow",
+    )
     load.add_argument("--shard-samples", type=int, default=512, help="pictures per shard")
     load.add_argument("--workers", type=int, help="processes (default: one per core)")
     load.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -36,6 +43,12 @@ def add_data_parser(commands: Any) -> None:
 
     check = actions.add_parser("verify", help="checksums, decodability, duplicates, overlap between splits")
     check.add_argument("folder", type=Path, help="imported data")
+    check.add_argument(
+        "--teacher-data",
+        type=Path,
+        metavar="OTHER",
+        help="a teacher's training data: an import, training_data.json, or a file of picture ids or SHA-256 sums",
+    )
     check.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -56,6 +69,7 @@ def import_shards(arguments: argparse.Namespace) -> None:
     settings = ImportSettings(
         source=ImportOptions(skip=arguments.skip, images=arguments.images, columns=_columns(arguments.columns)),
         resize=Resize(shortest=arguments.shortest, longest=arguments.longest) if wanted else None,
+        check=arguments.check,
         min_count=arguments.min_count,
         shard_samples=arguments.shard_samples,
         workers=arguments.workers,
@@ -99,17 +113,23 @@ def verify(arguments: argparse.Namespace) -> None:
     from cvlm.errors import CvlmError
 
     console = Console(arguments.quiet)
-    verdict = check(arguments.folder, console.bar("samples"))
-    if verdict.overlaps:
-        rows = [(" / ".join(o.splits), f"{o.ids:,}", f"{o.files:,}", f"{o.looks:,}") for o in verdict.overlaps]
-        console.table("Pictures in two splits", ("splits", "same id", "same file", "look alike"), rows)
-        for overlap in verdict.overlaps:
-            for first, second in overlap.examples:
-                console.say(f"  alike: {overlap.splits[0]} {first}, {overlap.splits[1]} {second}")
+    verdict = check(arguments.folder, console.bar("samples"), arguments.teacher_data)
+    _show_overlaps(console, "Pictures in two splits", verdict.overlaps)
+    _show_overlaps(console, f"Pictures in {arguments.teacher_data}", verdict.taught)
     if verdict.problems:
         shown = "".join(f"\n  - {problem}" for problem in verdict.problems[:20])
         raise CvlmError(f"{arguments.folder} has {len(verdict.problems)} problem(s); import again{shown}")
     console.say(f"\n{verdict.samples:,} samples are sound: checksums, pictures and ids")
+
+
+def _show_overlaps(console: Any, title: str, overlaps: "list[Overlap]") -> None:
+    if not overlaps:
+        return
+    rows = [(" / ".join(o.splits), *(f"{count:,}" for count in (o.ids, o.files, o.texts, o.looks))) for o in overlaps]
+    console.table(title, ("splits", "same id", "same file", "same text", "look alike"), rows)
+    for overlap in overlaps:
+        for first, second in overlap.examples:
+            console.say(f"  alike: {overlap.splits[0]} {first}, {overlap.splits[1]} {second}")
 
 
 def _show_counts(console: Any, title: str, counts: dict[str, dict[str, int]], most: int = 10) -> None:
@@ -127,7 +147,7 @@ def _show_counts(console: Any, title: str, counts: dict[str, dict[str, int]], mo
 
 
 def _show_splits(console: Any, index: "FolderIndex") -> None:
-    what = "questions" if index.task == "vqa" else "captions"
+    what = {"vqa": "questions", "retrieval": "captions"}.get(index.task, "statements")
     rows = []
     for split, shards in index.splits.items():
         numbers = (len(shards), sum(s.samples for s in shards), sum(s.texts for s in shards))

@@ -58,13 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     build = commands.add_parser("build", help="compose a model, save it, print its size table")
     build.add_argument("--vision", required=True, help="vision encoder, such as timm:vit_base_patch16_224")
     build.add_argument("--text", required=True, help="text encoder, such as hf:roberta-base")
-    build.add_argument("--task", required=True, help="vqa or retrieval")
+    build.add_argument("--task", required=True, help="such as vqa or retrieval; cvlm list tasks shows all")
     build.add_argument("--out", required=True, type=Path, help="folder for the model")
     build.add_argument("--fusion", default="co_attention", help="co_attention, merged, cross or none")
     build.add_argument("--width", type=int, default=256, help="width of the fusion module")
     build.add_argument("--depth", type=int, default=2, help="layers of the fusion module")
     build.add_argument("--heads", type=int, default=4, help="attention heads")
-    build.add_argument("--answers", type=Path, help="answer vocabulary, one answer per line or a JSON list (vqa)")
+    build.add_argument("--answers", type=Path, help="answer vocabulary, one answer per line or a JSON list (vqa; captioning: words)")
     build.add_argument("--seed", type=int, default=0, help="of the random initial weights")
     build.add_argument("--standalone", action="store_true", help="store frozen encoders too, not only their names")
 
@@ -80,16 +80,38 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, help="one of the recipe's seeds (default: the first)")
     train.add_argument("--quiet", action="store_true", help="no progress bars")
 
+    targets = commands.add_parser("targets", help="what a teacher says, stored: build, verify, inspect")
+    action = targets.add_subparsers(dest="action", required=True, metavar="ACTION")
+    store = action.add_parser("build", help="ask a recipe's teacher all that cvlm run will, and train no student")
+    _add_recipe(store)
+    store.add_argument("--out", required=True, type=Path, help="run folder; cvlm run of the same recipe goes on in it")
+    store.add_argument("--quiet", action="store_true", help="no progress bars")
+    for name, what in (("verify", "complete, whole, and of this teacher"), ("inspect", "sizes, entropy, agreement")):
+        action.add_parser(name, help=what).add_argument("run", type=Path, help="run folder")
+
     add_data_parser(commands)
 
-    bench = commands.add_parser("bench", help="score a saved model; bench compare: two results")
-    bench.add_argument("model", help="model folder or hub name")
+    bench = commands.add_parser("bench", help="score any model; bench compare: two results")
+    bench.add_argument("model", help="model folder, hub name, hf:NAME, open_clip:MODEL/WEIGHTS or module:callable")
     bench.add_argument("--data", required=True, help="a data kind such as easy_vqa, or a folder with test.jsonl")
-    bench.add_argument("--task", help="checked against the model's own")
+    bench.add_argument("--task", help="one that the model serves; needed where it serves several")
     bench.add_argument("--split", default="test", help="train or test")
-    bench.add_argument("--rerank", type=int, default=16, help="candidates that a matching head re-scores")
+    bench.add_argument(
+        "--rerank", type=_number_or_all, default=16, help="candidates per query that a matching head re-scores, or all"
+    )
+    bench.add_argument("--folds", type=int, default=1, help="rank retrieval within so many parts of the split")
+    bench.add_argument(
+        "--exhaustive-sample",
+        type=int,
+        default=64,
+        metavar="QUERIES",
+        help="retrieval queries whose every candidate is re-scored too, to show what --rerank leaves out; 0 for none",
+    )
     bench.add_argument("--device", default="cpu", help="where to run, such as cuda")
-    bench.add_argument("--out", type=Path, help="result file (JSON)")
+    bench.add_argument(
+        "--allow-contaminated", action="store_true", help="score also what the model was trained on, with a stamp"
+    )
+    bench.add_argument("--out", type=Path, help="result file (JSON); an interrupted benchmark goes on")
     bench.add_argument("--quiet", action="store_true", help="no progress bars")
 
     compare = commands.add_parser("compare", help="the same as bench compare: the paired difference of two results")
@@ -103,6 +125,14 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write report.html and arms.png of a run again")
     report.add_argument("run", type=Path, help="run folder")
 
+    doctor = commands.add_parser("doctor", help="what works here, what is missing, how a pair and a teacher meet")
+    doctor.add_argument("--vision", help="vision encoder to try")
+    doctor.add_argument("--text", help="text encoder to try")
+    doctor.add_argument("--teacher", help="teacher to align the pair with: a folder, or hf: and a hub name")
+    doctor.add_argument("--kind", help="kind of the teacher, where its configuration does not tell")
+    doctor.add_argument("--image", type=Path, help="picture to try with (default: a drawn one)")
+    doctor.add_argument("--sentence", help="sentence to try with (default: four)")
+
     listing = commands.add_parser("list", help="what there is to choose from")
     listing.add_argument("what", choices=("encoders", "fusions", "objectives", "teachers", "tasks", "formats"))
     return parser
@@ -111,6 +141,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="recipe file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
+
+
+def _number_or_all(text: str) -> int | str:
+    return "all" if text == "all" else int(text)
 
 
 def _quieten() -> None:

@@ -7,13 +7,10 @@ and one job per student arm and seed. Running the same recipe into the same fold
 import json
 import logging
 import os
-import platform
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import cached_property
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,46 +18,59 @@ import torch
 import yaml
 from filelock import FileLock
 
+from benchmarks.captions import check_installed, shown_captions
 from benchmarks.compare import compared_arms, metrics_json
+from benchmarks.contamination import shared_between
+from benchmarks.environment import environment
 from benchmarks.tasks import Scores, majority, score
 from cvlm.api import check_teacher, load_teacher
 from cvlm.cli.console import Console
-from cvlm.config import CvlmTeacherSpec, Recipe, SavedTeacherSpec, StudentSpec, TransformersTeacherSpec
-from cvlm.cost import Ledger, PhaseCost, PhaseMeter, machine_info
-from cvlm.data import Examples, Splits, load_data
+from cvlm.cli.lineage import training_record
+from cvlm.cli.teachers import check_composition, open_teacher
+from cvlm.config import CvlmTeacherSpec, EmaTeacherSpec, PeerTeacherSpec, Recipe, StudentSpec
+from cvlm.cost import Ledger, PhaseCost, PhaseMeter
+from cvlm.data import Examples, Splits, StoredTokens, load_data
+from cvlm.data.training_record import TRAINING_DATA, DataSource, source_of, write_record
 from cvlm.errors import CvlmError, unknown_name
 from cvlm.files import write_atomic
 from cvlm.model import CVLM, compose, load_model, save_model
 from cvlm.report import write_report
 from cvlm.tasks import TASKS
 from cvlm.training import (
+    EmaTeacher,
+    Imitation,
     LiveTarget,
     ModelInputs,
+    PeersTarget,
+    PeerTeacher,
     PhaseJob,
     TargetSource,
     clear_checkpoints,
+    collect_answers,
     initialise_from_teacher,
     merged_requests,
     model_inputs,
     pick_device,
     predict,
     store_targets,
+    target_name,
     teacher_inputs,
     train_phase,
 )
 from distill import Objective, Request, Teacher, build_objective
-from distill.targets import STORABLE
+from distill.imitation import check_teacher_answers
+from distill.targets import storable
 
 logger = logging.getLogger(__name__)
 
 TEACHER_SEED = 1000
 """The teacher is trained once, with a seed of its own, so that no student shares its data order."""
 
+PEER_SEED = 2000
+"""Of the first peer, above the student's; every further one adds as much again."""
+
 RANK = int(os.environ.get("RANK", "0"))
 """Of this process under torchrun; every process trains, the first one writes."""
-
-MODULES = {"open_clip_torch": "open_clip"}
-PACKAGES = ("cvlm", "torch", "transformers", "timm", "open_clip_torch", "accelerate", "deepspeed", "numpy")
 
 
 @dataclass
@@ -93,8 +103,9 @@ class Run:
 
     def execute_phase(self, phase: str, seed: int) -> Path:
         """Run one phase, on what earlier phases left in the folder; returns the model's folder."""
-        if phase not in self.recipe.phases:
-            raise unknown_name("phase", phase, self.recipe.phases)
+        known = dict.fromkeys([*self.recipe.phases, *self.recipe.student_arms])
+        if phase not in known:
+            raise unknown_name("phase", phase, known)
         if phase != "teacher" and seed not in self.recipe.seeds:
             raise CvlmError(f"seed {seed} is none of the recipe's seeds {list(self.recipe.seeds)}")
         self._check()
@@ -104,13 +115,42 @@ class Run:
             return self.out / "teacher"
         start = self.recipe.start_of(phase)
         earlier = [] if start is None else [self.out / start / f"seed{seed}"]
-        if "teacher" in self.recipe.phases and any(term.teacher_needs for term in self._objectives(phase)):
+        if phase in self.recipe.chain_arms:
+            earlier.append(self.out / self.recipe.chain_arms[phase] / f"seed{seed}")
+        elif "teacher" in self.recipe.phases and (self._taught(phase) or self._imitates(phase)):
             earlier.append(self.out / "teacher")
         for folder in earlier:
             if not (folder / "config.json").exists():
                 raise CvlmError(f"phase {phase!r} needs the model {folder}, which is missing; run its phase first")
         self._train_arm(phase, seed)
         return self.out / phase / f"seed{seed}"
+
+    def store_teacher(self) -> list[str]:
+        """Train the teacher where the recipe does, and store all that it is asked; no student is trained.
+
+        Returns:
+            One line about each thing that is stored, or why it cannot be.
+        """
+        arms = [arm for arm in self.recipe.student_arms if arm not in self.recipe.chain_arms]
+        taught, imitating = any(map(self._taught, arms)), any(map(self._imitates, arms))
+        if not taught and not imitating:
+            raise CvlmError("no phase of the recipe reads a teacher, so there is nothing to store")
+        if isinstance(self.recipe.teacher, EmaTeacherSpec | PeerTeacherSpec):
+            raise CvlmError(f"a teacher of kind {self.recipe.teacher.kind} comes about as the student trains")
+        self._check()
+        self._open_folder()
+        if "teacher" in self.recipe.phases:
+            self._train_teacher()
+        lines = []
+        if taught:
+            stored = not isinstance(self.target, LiveTarget)
+            said = f"targets of {len(self.data.train)} pairs in {self.out / 'targets'}"
+            lines.append(said if stored else "no targets: the objectives need the teacher beside the student")
+        if imitating:
+            counts = self.imitation.provenance["counts"]
+            said = f"answers to {counts['asked']} questions in {self.out / 'imitation'}, {counts['kept']} kept"
+            lines.append(said)
+        return lines
 
     # --- before anything is trained -----------------------------------------------------------------------------
 
@@ -131,12 +171,27 @@ class Run:
 
     def _check(self) -> None:
         """Build every part of the experiment once, so that what cannot work fails before the first step."""
+        if self.recipe.task == "captioning":
+            check_installed()
         student = self._new_student(self.recipe.seeds[0])
-        terms_of = {arm: self._objectives(arm) for arm in self.recipe.student_arms}
-        taught = {arm for arm, terms in terms_of.items() if any(term.teacher_needs for term in terms)}
-        teacher = self._teacher_preview() if taught else None
-        for arm, terms in terms_of.items():
-            check_teacher(student, teacher if arm in taught else None, terms)
+        arms, chain = self.recipe.student_arms, self.recipe.chain_arms
+        taught = {arm for arm in arms if self._taught(arm)}
+        imitating = {arm for arm in arms if self._imitates(arm)}
+        teacher = self._teacher_preview() if (taught | imitating) - chain.keys() else None
+        last = load_teacher(self._new_student(self.recipe.seeds[0])) if chain else None
+        for arm in arms:
+            check_teacher(
+                student, (last if arm in chain else teacher) if arm in taught else None, self._objectives(arm)
+            )
+        check_composition(self.recipe, taught)
+        if teacher is not None and taught - chain.keys():
+            # A table may lack pairs; that is said now, not when the first phase is trained.
+            _ = LiveTarget(teacher=teacher, examples=self.data.train).missing
+        if imitating:
+            assert teacher is not None, "the recipe was checked to have one"
+            check_teacher(student, teacher, [])
+            asked = self.recipe.imitation.model_dump(include={"samples", "temperature", "confidence"})
+            check_teacher_answers(teacher, **asked)
         for split in (self.data.train, self.data.test):
             self._check_pictures(split)
 
@@ -156,11 +211,17 @@ class Run:
             raise CvlmError("\n  ".join([f"{len(broken)} picture(s) cannot be read:", *broken[:5]]) + more)
 
     def _teacher_preview(self) -> Teacher | None:
-        """The teacher as far as requirements go: a CVLM that will be trained here can be asked before it is."""
-        spec = self.recipe.teacher
-        if isinstance(spec, CvlmTeacherSpec):
-            return load_teacher(self._compose(spec.model, TEACHER_SEED))
-        return self.teacher if spec is not None else None
+        """The teacher as far as requirements go: what will be trained here can be asked before it is."""
+        spec, seed = self.recipe.teacher, self.recipe.seeds[0]
+        if isinstance(spec, EmaTeacherSpec):
+            average = EmaTeacher(decay=spec.decay)
+            average.follow(self._new_student(seed))
+            return average
+        if isinstance(spec, PeerTeacherSpec):
+            return PeerTeacher(students=self._new_peers(seed))
+        if self.recipe.trained_teacher is None:
+            return self.teacher if spec is not None else None
+        return self._open_teacher(lambda own: load_teacher(self._compose(own.model, TEACHER_SEED)))
 
     # --- parts --------------------------------------------------------------------------------------------------
 
@@ -182,43 +243,97 @@ class Run:
     @cached_property
     def teacher(self) -> Teacher:
         """The trained teacher."""
+        return self._open_teacher(lambda _: load_teacher(self.out / "teacher")).to(self.device)
+
+    def _open_teacher(self, trained: Callable[[CvlmTeacherSpec], Teacher]) -> Teacher:
         spec = self.recipe.teacher
-        if isinstance(spec, TransformersTeacherSpec):
-            settings: dict[str, Any] = (
-                {"head": spec.head, "answers": self.data.train.answers} if spec.head is not None else {}
-            )
-            return load_teacher(spec.name, kind=spec.kind, **settings).to(self.device)
-        path = spec.path if isinstance(spec, SavedTeacherSpec) else self.out / "teacher"
-        return load_teacher(path).to(self.device)
+        assert spec is not None, "only asked for where an objective reads a teacher"
+        assert not isinstance(spec, EmaTeacherSpec | PeerTeacherSpec), "these are made for each student"
+        return open_teacher(spec, task=self.recipe.task, answers=self.data.train.answers, trained=trained)
 
     @cached_property
     def target(self) -> TargetSource:
-        """The teacher's signal for the training pairs: stored where every objective allows it."""
-        train = self.data.train
-        store = self.out / "features"
-        bar = self.console.bar("teacher towers")
-        inputs = teacher_inputs(self.teacher, train, store, device=self.device, progress=bar)
-        live = LiveTarget(teacher=self.teacher, examples=train, inputs=inputs, device=self.device)
-        request = self._teacher_request()
-        if not request.fields <= STORABLE or TASKS[self.recipe.task].pictures > 1:
+        """The signal of the recipe's teacher for the training pairs, for all arms and seeds that it teaches."""
+        arms = [arm for arm in self.recipe.student_arms if arm not in self.recipe.chain_arms]
+        return self._target_of(self.teacher, arms, "train")
+
+    def _target_of(self, teacher: Teacher, arms: Sequence[str], key: str) -> TargetSource:
+        """Return a teacher's signal for the training pairs: stored where every objective of the arms allows it."""
+        live, request = self._live(teacher), self._teacher_request(teacher, arms)
+        whole = TASKS[self.recipe.task].pictures == 1 and self.recipe.task != "captioning"
+        if self.data.stream is not None or not whole or not storable(request):
             return live
-        length = self._longest_text(inputs)
+        length = self._longest_text(live.inputs)
         with self._alone("targets"), PhaseMeter(device=self.device) as meter:
             progress = self.console.bar("teacher targets")
             built = store_targets(live, request, self.out / "targets", text_length=length, progress=progress)
             meter.add(flops=built.flops, samples=built.samples)
         if built.samples:
-            self._book("targets", "train", meter.cost)
+            self._book("targets", key, meter.cost)
         return built.source
 
-    def _teacher_request(self) -> Request:
-        """Union of what all arms ask of the teacher."""
-        terms = [term for arm in self.recipe.student_arms for term in self._objectives(arm)]
-        fusion = self.recipe.student.fusion
-        return merged_requests(terms, 0 if fusion.kind == "none" else fusion.depth, self.teacher.depth)[1]
+    def _live(self, teacher: Teacher) -> LiveTarget:
+        """The teacher beside the training pairs; the outputs of its towers are stored where it has any."""
+        train, inputs = self.data.train, None
+        if self.data.stream is None:
+            bar = self.console.bar("teacher towers")
+            inputs = teacher_inputs(teacher, train, self.out / "features", device=self.device, progress=bar)
+        return LiveTarget(teacher=teacher, examples=train, inputs=inputs, device=self.device)
+
+    @property
+    def target_name(self) -> str:
+        """Folder below `targets` of what the recipe's teacher says to the recipe's objectives."""
+        arms = [arm for arm in self.recipe.student_arms if arm not in self.recipe.chain_arms]
+        return target_name(self._live(self.teacher), self._teacher_request(self.teacher, arms))
+
+    def _arm_target(self, arm: str, seed: int, inputs: ModelInputs) -> TargetSource | None:
+        """Return the signal that teaches an arm: of the recipe's teacher, the last student, or companions."""
+        spec, previous = self.recipe.teacher, self.recipe.chain_arms.get(arm)
+        if not self._taught(arm):
+            return None
+        if previous is not None:
+            teacher = load_teacher(self.out / previous / f"seed{seed}").to(self.device)
+            return self._target_of(teacher, [arm], f"{arm} seed{seed}")
+        if isinstance(spec, EmaTeacherSpec):
+            own = inputs if self.data.stream is None else None  # a stream brings other pairs in every batch
+            average = EmaTeacher(decay=spec.decay)
+            return LiveTarget(teacher=average, examples=inputs.examples, inputs=own, device=self.device)
+        if isinstance(spec, PeerTeacherSpec):
+            peers = self._new_peers(seed)
+            return PeersTarget(students=peers, inputs=tuple(self._inputs(peer, inputs.examples) for peer in peers))
+        return self.target
+
+    def _new_peers(self, seed: int) -> tuple[CVLM, ...]:
+        spec = self.recipe.teacher
+        assert isinstance(spec, PeerTeacherSpec)
+        peer = spec.student if spec.student is not None else self.recipe.student
+        return tuple(self._compose(peer, seed + PEER_SEED * i) for i in range(1, spec.number + 1))
+
+    @cached_property
+    def imitation(self) -> Imitation:
+        """The teacher's answers to the training questions, and the training split with them as labels."""
+        live = self._live(self.teacher)
+        with self._alone("imitation"), PhaseMeter(device=self.device) as meter:
+            bar = self.console.bar("teacher answers")
+            found = collect_answers(live, self.recipe.imitation, self.out / "imitation", progress=bar)
+            meter.add(flops=found.flops, samples=found.samples)
+        if found.samples:
+            self._book("targets", "answers", meter.cost)
+        return found
+
+    def _imitates(self, arm: str) -> bool:
+        return self.recipe.phase_of(arm).labels == "teacher"
+
+    def _taught(self, arm: str) -> bool:
+        return any(term.teacher_needs for term in self._objectives(arm))
+
+    def _teacher_request(self, teacher: Teacher, arms: Sequence[str]) -> Request:
+        """Union of what arms ask of a teacher."""
+        terms = [term for arm in arms for term in self._objectives(arm)]
+        return merged_requests(terms, self.recipe.student.depth, teacher.depth)[1]
 
     def _longest_text(self, inputs: ModelInputs | None) -> int:
-        if inputs is not None and not isinstance(inputs.text, torch.nn.Module):
+        if inputs is not None and isinstance(inputs.text, StoredTokens):
             return inputs.text.mask.shape[1]
         # A token stands for a character at least, and no encoder here reads more than 512.
         return min(512, max(len(text) for text in self.data.train.texts) + 2)
@@ -231,25 +346,28 @@ class Run:
         return self._compose(self.recipe.student, seed)
 
     def _objectives(self, arm: str) -> list[Objective]:
-        specs = self.recipe.phases[arm].objectives
+        specs = self.recipe.phase_of(arm).objectives
         return [build_objective(spec.kind, weight=spec.weight, **spec.settings) for spec in specs]
 
     def _inputs(self, model: CVLM, examples: Examples) -> ModelInputs:
-        """Stored tower outputs of a model over a split, booked under `encode` when they are made."""
-        store, bar = self.out / "features", self.console.bar(f"frozen towers, {examples.split} split")
+        """Stored tower outputs of a model over a split, booked under `encode` when they are made; none of a stream."""
+        streamed = self.data.stream is not None and examples is not self.data.test
+        store = None if streamed else self.out / "features"
+        bar = self.console.bar(f"frozen towers, {examples.split} split")
         with self._alone("features"), PhaseMeter(device=self.device) as meter:
             inputs = model_inputs(model, examples, store, device=self.device, progress=bar, meter=meter)
         if meter.cost.samples:
-            self._book("encode", f"{model.spec.vision.name} {examples.split}", meter.cost)
+            self._book("encode", f"{(model.spec.vision or model.spec.text).name} {examples.split}", meter.cost)
         return inputs
 
     # --- jobs ---------------------------------------------------------------------------------------------------
 
     def _train_teacher(self) -> None:
         folder = self.out / "teacher"
-        assert isinstance(self.recipe.teacher, CvlmTeacherSpec)
+        spec = self.recipe.trained_teacher
+        assert spec is not None
         if not (folder / "scores.npz").exists():
-            model = self._compose(self.recipe.teacher.model, TEACHER_SEED)
+            model = self._compose(spec.model, TEACHER_SEED)
             job = self._job(model, "teacher", TEACHER_SEED, self._inputs(model, self.data.train), None)
             self._train_and_score(job, "teacher", "teacher", folder)
         if RANK == 0:
@@ -262,10 +380,9 @@ class Run:
             model = self._new_student(seed) if start is None else load_model(self.out / start / f"seed{seed}")
             if start is None and self.recipe.initialise_fusion == "teacher":
                 initialise_from_teacher(model, self.teacher)
-            terms = self._objectives(arm)
-            target = self.target if any(term.teacher_needs for term in terms) else None
-            train = self.data.train.hide_labels(self.recipe.data.labelled, seed)
-            job = self._job(model, arm, seed, self._inputs(model, train), target)
+            shown = self.data.train.hide_labels(self.recipe.data.labelled, seed)
+            inputs = self._inputs(model, self.imitation.examples if self._imitates(arm) else shown)
+            job = self._job(model, arm, seed, inputs, self._arm_target(arm, seed, inputs))
             self._train_and_score(job, arm, f"seed{seed}", folder)
         if RANK > 0:
             return
@@ -277,10 +394,11 @@ class Run:
         folder = self.out / arm if arm == "teacher" else self.out / arm / f"seed{seed}"
         return PhaseJob(
             student=model,
-            phase=self.recipe.phases[arm],
+            phase=self.recipe.phase_of(arm),
             objectives=self._objectives(arm),
             inputs=inputs,
             target=target,
+            stream=self.data.stream,
             engine=self.recipe.engine,
             seed=seed,
             folder=folder,
@@ -292,6 +410,13 @@ class Run:
         if RANK > 0:
             return  # one process writes
         save_model(job.student, folder)
+        taught = job.target is not None or job.phase.labels == "teacher"
+        record = training_record(self.recipe, self.out, phase, seed=job.seed, taught=taught, own=self._train_source)
+        if job.stream is not None:
+            first = job.inputs.examples
+            beyond = f"{first.name}: streamed, not recorded beyond its first {len(first)} pairs"
+            record = record.model_copy(update={"unknown": (*record.unknown, beyond)})
+        write_record(folder, record)
         (folder / "log.json").write_text(json.dumps(log), encoding="utf-8")
         self._book(phase, key, cost)
         clear_checkpoints(folder)
@@ -300,7 +425,15 @@ class Run:
             prediction = predict(job.student, test, device=self.device)
             meter.add(flops=prediction.flops, samples=len(self.data.test))
         self._book("evaluate", f"{phase} {key}", meter.cost)
+        if prediction.captions is not None:
+            shown = shown_captions(self.data.test, prediction.captions)
+            write_atomic(folder / "captions.json", json.dumps(shown, indent=1, ensure_ascii=False).encode())
         score(self.recipe.task, self.data.test, prediction).save(folder / "scores.npz")
+
+    @cached_property
+    def _train_source(self) -> DataSource:
+        """The training split, for the record of what a model was trained on."""
+        return source_of(self.data.train, self.console.bar("hashing training pictures"))
 
     def _alone(self, name: str) -> FileLock:
         """Let one process of several fill a store; the others then find it full."""
@@ -311,30 +444,26 @@ class Run:
 
     def _copy_model(self, source: Path, target: Path) -> None:
         """Make the arm's own folder loadable: it holds the first seed's model."""
-        for name in ("model.safetensors", "answers.json", "README.md", "config.json"):
+        for name in ("model.safetensors", "answers.json", "README.md", TRAINING_DATA, "config.json"):
             shutil.copyfile(source / name, target / name)
 
     # --- results ------------------------------------------------------------------------------------------------
 
     def _report(self) -> dict[str, Any]:
         arms: dict[str, list[Scores]] = {}
-        if TASKS[self.recipe.task].output == "answers":
+        if TASKS[self.recipe.task].output != "similarity" and self.data.stream is None:
             arms["majority"] = [majority(self.data.train, self.data.test)]
         arms |= self.scores
         metrics = metrics_json(self.recipe.task, self.data.test.split, arms, compared_arms(list(arms)))
+        metrics["contamination"] = shared_between(self.data.train, self.data.test).as_json()
+        if self.data.stream is not None:
+            metrics["contamination"]["first_training_pairs_only"] = len(self.data.train)
+        metrics["skipped"] = {"train": self._skipped_training(), "test": list(self.data.test.skipped)}
         write_atomic(self.out / "metrics.json", json.dumps(metrics, indent=2).encode())
         write_report(self.out)
         return metrics
 
-
-def environment(device: str) -> dict[str, Any]:
-    """Describe when, where and with which versions a run began."""
-    return {
-        "begun": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine_info(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES if find_spec(MODULES.get(name, name)) is not None},
-    }
+    def _skipped_training(self) -> list[str]:
+        """Return the training samples that were broken and left out: found at loading, or in a stream on the way."""
+        lines = [line for file in self.out.glob("**/skipped-*.jsonl") for line in file.read_text().splitlines()]
+        return [*self.data.train.skipped, *sorted({json.loads(line) for line in lines})]

@@ -8,6 +8,11 @@ from cvlm.config import EasyVqaData
 from cvlm.data.examples import Examples, PictureFile, Splits, index_texts
 from cvlm.errors import CvlmError
 
+ANSWER_TYPES = {
+    **dict.fromkeys(("yes", "no"), "yes/no"),
+    **dict.fromkeys(("circle", "rectangle", "triangle"), "shape"),
+}
+
 
 def load(spec: EasyVqaData) -> Splits:
     """Load the official splits; 38,575 training and 9,673 test questions, 13 answers.
@@ -41,4 +46,5 @@ def _split(
         text_of=text_of,
         labels=np.array([answer_index[answer] for answer in given], dtype=np.int64),
         answers=answers,
+        answer_types=tuple(ANSWER_TYPES.get(answer, "colour") for answer in given),
     )

@@ -6,15 +6,19 @@ from functools import cached_property
 from hashlib import sha256
 from json import dumps
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from cvlm.data.answers import UNLABELLED, SoftLabels
+from cvlm.data.words import CaptionWords
 from cvlm.encoders.pictures import to_rgb
 from cvlm.errors import CvlmError
+
+if TYPE_CHECKING:
+    from cvlm.data.streaming import Stream
 
 
 class Picture(Protocol):
@@ -68,15 +72,19 @@ class Examples:
         split: `train` or `test`.
         pictures: distinct pictures.
         texts: distinct texts.
-        image_of: `[n]` picture index of each pair; `[n, 2]` for tasks over two pictures.
+        image_of: `[n]` picture index of each pair; `[n, 2]` for tasks over two pictures, `[n, 0]` for texts alone.
         text_of: `[n]` text index of each pair.
-        labels: `[n]` answer index (vqa) or picture group (retrieval), `UNLABELLED` where it is hidden; or for vqa soft
-            scores, whose rows are `[n_answers]`.
-        answers: the answer vocabulary, for vqa.
+        labels: `[n]` answer index (vqa) or picture group (retrieval), `UNLABELLED` where it is hidden; for vqa also
+            soft scores, whose rows are `[n_answers]`; for captioning the words of the captions.
+        answers: the vocabulary: of answers, or of words.
         references: what people answered to each pair's question, for the official VQA accuracy; empty where the label
             is the only truth.
+        truths: the one right answer of each pair as its source spells it, also outside the vocabulary; empty where
+            people answered or the label says it.
         types: question type of each pair, for breakdowns; may be empty.
+        answer_types: type of each pair's answer, likewise.
         ids: each pair's question or caption id in its source; may be empty.
+        skipped: samples of the split that were broken and are left out, one sentence each.
     """
 
     name: str
@@ -85,16 +93,19 @@ class Examples:
     texts: tuple[str, ...]
     image_of: NDArray[np.int64]
     text_of: NDArray[np.int64]
-    labels: NDArray[np.int64] | SoftLabels
+    labels: NDArray[np.int64] | SoftLabels | CaptionWords
     answers: tuple[str, ...] = field(default=())
     references: tuple[tuple[str, ...], ...] = field(default=())
+    truths: tuple[str, ...] = field(default=())
     types: tuple[str, ...] = field(default=())
+    answer_types: tuple[str, ...] = field(default=())
     ids: tuple[str, ...] = field(default=())
+    skipped: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
         if not len(self):
             raise CvlmError(f"the {self.split} split of {self.name} is empty")
-        for name in ("references", "types", "ids"):
+        for name in ("references", "truths", "types", "answer_types", "ids"):
             given = len(getattr(self, name))
             if given not in (0, len(self)):
                 raise ValueError(f"{name} has {given} entries for {len(self)} pairs")
@@ -104,13 +115,13 @@ class Examples:
 
     @property
     def unit_of(self) -> NDArray[np.int64]:
-        """What the bootstrap resamples, `[n]`: the picture, or over two pictures the statement."""
+        """What the bootstrap resamples, `[n]`: the picture; the text over two pictures or none."""
         return self.image_of if self.image_of.ndim == 1 else self.text_of
 
     @property
     def labelled(self) -> NDArray[np.int64]:
         """Indices of the pairs that have a label."""
-        known = self.labels.known if isinstance(self.labels, SoftLabels) else self.labels >= 0
+        known = self.labels >= 0 if isinstance(self.labels, np.ndarray) else self.labels.known
         return np.flatnonzero(known)
 
     def hide_labels(self, share: float, seed: int) -> "Examples":
@@ -119,7 +130,7 @@ class Examples:
             return self
         number = max(1, round(share * len(self.labelled)))
         kept = np.random.default_rng([seed, 0x1ABE1]).permutation(self.labelled)[:number]
-        if isinstance(self.labels, SoftLabels):
+        if not isinstance(self.labels, np.ndarray):
             return replace(self, labels=self.labels.hide_all_but(kept))
         labels = np.full_like(self.labels, UNLABELLED)
         labels[kept] = self.labels[kept]
@@ -138,28 +149,41 @@ class Examples:
             texts=tuple(self.texts[i] for i in texts),
             image_of=image_of,
             text_of=text_of,
-            labels=self.labels.first(number) if isinstance(self.labels, SoftLabels) else self.labels[:number],
+            labels=self.labels[:number] if isinstance(self.labels, np.ndarray) else self.labels.first(number),
             references=self.references[:number],
+            truths=self.truths[:number],
             types=self.types[:number],
+            answer_types=self.answer_types[:number],
             ids=self.ids[:number],
         )
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over pictures, texts, pairs and answers; labels are left out, they never enter a stored target."""
+        """SHA-256 over pictures, texts, pairs and answers; labels are left out, they never enter a stored target.
+
+        So is a vocabulary of words: it says how one captioner reads the texts.
+        """
         digest = sha256()
         # JSON keeps the lists apart: a text never runs into the next one, nor into the answers.
-        digest.update(dumps([[picture.key for picture in self.pictures], self.texts, self.answers]).encode())
+        answers = () if isinstance(self.labels, CaptionWords) else self.answers
+        digest.update(dumps([[picture.key for picture in self.pictures], self.texts, answers]).encode())
         digest.update(self.image_of.tobytes() + self.text_of.tobytes())
         return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """The two splits of a data set."""
+    """The two splits of a data set.
+
+    Attributes:
+        train: the training pairs; of a stream, the first of them.
+        test: the pairs that are scored.
+        stream: where all training pairs come from, if they are streamed.
+    """
 
     train: Examples
     test: Examples
+    stream: "Stream | None" = None
 
 
 def index_texts(texts: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:

@@ -4,13 +4,15 @@ What goes into which shard is settled before the first one is written, so worker
 once its index file stands; after a kill the same command writes what is missing.
 """
 
+import gc
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from posixpath import basename, splitext
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -18,22 +20,20 @@ from filelock import FileLock, Timeout
 from cvlm.data.answers import build_vocabulary, coverage, default_min_count
 from cvlm.data.importers import ImportOptions, Source, read_source
 from cvlm.data.importers.records import IMAGE_SUFFIXES, Sample, check_budget
-from cvlm.data.pixels import Resize
+from cvlm.data.pixels import Check, Resize
 from cvlm.data.shard_index import (
     INDEX,
     PLAN,
     SCHEMA,
     FolderIndex,
     ShardEntry,
-    ShardIndex,
     Skipped,
-    index_name,
     read_folder_index,
     write_folder_index,
     write_json,
 )
 from cvlm.data.shard_jobs import ShardJob, cores, write_shards
-from cvlm.data.shards import make_key
+from cvlm.data.shards import Written, make_key
 from cvlm.errors import CvlmError
 
 Progress = Callable[[int, int], None]
@@ -46,6 +46,7 @@ class ImportSettings:
     Attributes:
         source: see `ImportOptions`.
         resize: shrink pictures; None keeps their bytes.
+        check: how pictures are checked, see `cvlm.data.pixels.Check`.
         min_count: how often an answer must occur to enter the vocabulary; None as `default_min_count` says.
         shard_samples: pictures per shard.
         workers: processes; None takes one per core. It changes no byte.
@@ -53,6 +54,7 @@ class ImportSettings:
 
     source: ImportOptions = field(default_factory=ImportOptions)
     resize: Resize | None = None
+    check: Check = "structure"
     min_count: int | None = None
     shard_samples: int = 512
     workers: int | None = None
@@ -71,6 +73,7 @@ class ImportSettings:
             "skip": self.source.skip,
             "columns": dict(self.source.columns),
             "resize": asdict(self.resize) if self.resize is not None else None,
+            "check": self.check,
             "min_count": self.min_count,
             "shard_samples": self.shard_samples,
         }
@@ -91,16 +94,27 @@ def import_data(
     Raises:
         CvlmError: the source is damaged beyond `skip`, or `out` holds something else.
     """
-    source = read_source(data_format, path, settings.source)
-    jobs = _plan(source, out, settings)
-    fingerprint = _fingerprint(data_format, source, jobs, settings)
-    with _folder(out, fingerprint) as complete:
-        if complete:
-            return read_folder_index(out)
-        shards = _write_all(jobs, settings, progress)
-        index = _summarise(data_format, source, shards, jobs, settings, fingerprint)
-        write_folder_index(out, index)
+    with _older_objects_at_rest():
+        source = read_source(data_format, path, settings.source)
+        jobs = _plan(source, out, settings)
+        fingerprint = _fingerprint(data_format, source, jobs, settings)
+        with _folder(out, {"fingerprint": fingerprint, "pictures": _stamp(jobs)}) as complete:
+            if complete:
+                return read_folder_index(out)
+            shards = _write_all(jobs, settings, progress)
+            index = _summarise(data_format, source, shards, jobs, settings, fingerprint)
+            write_folder_index(out, index)
     return index
+
+
+@contextmanager
+def _older_objects_at_rest() -> Iterator[None]:
+    """Keep the garbage collector off everything that is loaded already; walking it costs more than reading a source."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _plan(source: Source, out: Path, settings: ImportSettings) -> list[ShardJob]:
@@ -109,15 +123,22 @@ def _plan(source: Source, out: Path, settings: ImportSettings) -> list[ShardJob]
         samples = [sample for sample in source.samples if sample.split == split]
         keys = _keys(samples)
         for number, start in enumerate(range(0, len(samples), settings.shard_samples)):
-            part = slice(start, start + settings.shard_samples)
-            name = f"{make_key(split)}-{number:06d}.tar"
-            jobs.append(ShardJob(folder=out, name=name, samples=samples[part], keys=keys[part], resize=settings.resize))
+            job = ShardJob(
+                folder=out,
+                name=f"{make_key(split)}-{number:06d}.tar",
+                samples=samples[start : start + settings.shard_samples],
+                keys=keys[start : start + settings.shard_samples],
+                resize=settings.resize,
+                check=settings.check,
+            )
+            jobs.append(job)
     return jobs
 
 
 def _keys(samples: list[Sample]) -> list[str]:
     """Name samples after their files, without folder and suffix where that names one alone."""
-    stems = [PurePosixPath(s.id).stem if PurePosixPath(s.id).suffix in IMAGE_SUFFIXES else s.id for s in samples]
+    parts = [(s.id, *splitext(basename(s.id))) for s in samples]
+    stems = [stem if suffix in IMAGE_SUFFIXES else name for name, stem, suffix in parts]
     times = Counter(stems)
     return [make_key(stem if times[stem] == 1 else s.id) for stem, s in zip(stems, samples, strict=True)]
 
@@ -134,9 +155,22 @@ def _fingerprint(data_format: str, source: Source, jobs: list[ShardJob], setting
     return digest.hexdigest()
 
 
+def _stamp(jobs: list[ShardJob]) -> str:
+    """Hash what tells that picture files were changed between two attempts; it stays out of what the import writes."""
+    digest = sha256()
+    for job in jobs:
+        for sample in job.samples:
+            digest.update("".join(f"{image.stamp()}\n" for image in sample.images).encode())
+    return digest.hexdigest()
+
+
 @contextmanager
-def _folder(out: Path, fingerprint: str) -> Iterator[bool]:
+def _folder(out: Path, plan: dict[str, str]) -> Iterator[bool]:
     """Hold the folder; yields whether this import stands there complete.
+
+    Args:
+        out: the folder.
+        plan: the import's fingerprint, and the stamp of its pictures.
 
     Raises:
         CvlmError: it holds other files or another import, or another process is writing to it.
@@ -144,11 +178,11 @@ def _folder(out: Path, fingerprint: str) -> Iterator[bool]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with FileLock(out / ".lock", timeout=10):
-            complete = _recognise(out, fingerprint)
+            complete = _recognise(out, plan)
             if not complete:
                 for part in out.glob(".*.part"):
                     part.unlink(missing_ok=True)
-                write_json(out / PLAN, {"fingerprint": fingerprint})
+                write_json(out / PLAN, plan)
             yield complete
             (out / PLAN).unlink(missing_ok=True)
         (out / ".lock").unlink(missing_ok=True)
@@ -158,10 +192,10 @@ def _folder(out: Path, fingerprint: str) -> Iterator[bool]:
         raise CvlmError(f"cannot write to {out}: {error.strerror or error}") from error
 
 
-def _recognise(out: Path, fingerprint: str) -> bool:
+def _recognise(out: Path, plan: dict[str, str]) -> bool:
     other = f"{out} holds an import of other data, or with other options; choose another folder, or delete it"
     if (out / INDEX).exists():
-        if read_folder_index(out).fingerprint != fingerprint:
+        if read_folder_index(out).fingerprint != plan["fingerprint"]:
             raise CvlmError(other)
         return True
     if (out / PLAN).exists():
@@ -169,8 +203,13 @@ def _recognise(out: Path, fingerprint: str) -> bool:
             stated = json.loads((out / PLAN).read_bytes())
         except ValueError:
             stated = None
-        if stated != {"fingerprint": fingerprint}:
+        if not isinstance(stated, dict) or stated.get("fingerprint") != plan["fingerprint"]:
             raise CvlmError(other)
+        if stated != plan:
+            raise CvlmError(
+                f"{out} holds a part of this import, but its pictures were changed since (other sizes or times); "
+                "delete the folder and import again"
+            )
         return False
     strangers = [path.name for path in out.iterdir() if not path.name.startswith(".")]
     if strangers:
@@ -178,36 +217,38 @@ def _recognise(out: Path, fingerprint: str) -> bool:
     return False
 
 
-def _write_all(jobs: list[ShardJob], settings: ImportSettings, progress: Progress | None) -> list[ShardIndex]:
-    """Write every shard that is missing; returns all indices in the order of the plan."""
-    done: dict[str, ShardIndex] = {}
+def _write_all(jobs: list[ShardJob], settings: ImportSettings, progress: Progress | None) -> list[Written]:
+    """Write every shard that is missing; returns all in the order of the plan."""
+    done: dict[str, Written] = {}
+    problems: list[str] = []
     total = sum(len(job.samples) for job in jobs)
-    for index in write_shards(jobs, settings.workers or cores()):
-        done[index.name] = index
-        finished = [shard for shard in done.values()]
-        problems = [f"{skip.key}: {skip.reason}" for shard in finished for skip in shard.skipped]
+    finished = 0
+    for shard in write_shards(jobs, settings.workers or cores()):
+        done[shard.entry.name] = shard
+        finished += shard.entry.samples + len(shard.skipped)
+        problems += [f"{skip.key}: {skip.reason}" for skip in shard.skipped]
         check_budget("picture", problems, total, settings.source.skip)
         if progress is not None:
-            progress(sum(len(shard.samples) + len(shard.skipped) for shard in finished), total)
+            progress(finished, total)
     return [done[job.name] for job in jobs]
 
 
 def _summarise(
     data_format: str,
     source: Source,
-    shards: list[ShardIndex],
+    shards: list[Written],
     jobs: list[ShardJob],
     settings: ImportSettings,
     fingerprint: str,
 ) -> FolderIndex:
     """Put the folder's index together: shards per split, vocabulary, coverage, what was skipped."""
-    lost = {(shard.name, skip.key) for shard in shards for skip in shard.skipped}
+    lost = {(shard.entry.name, skip.key) for shard in shards for skip in shard.skipped}
     kept: dict[str, list[Sample]] = {}
     entries: dict[str, list[ShardEntry]] = {}
     for job, shard in zip(jobs, shards, strict=True):
         split = job.samples[0].split
         kept.setdefault(split, []).extend(s for key, s in job.pairs() if (job.name, key) not in lost)
-        entries.setdefault(split, []).append(_entry(job.folder, shard))
+        entries.setdefault(split, []).append(shard.entry)
     answers, min_count = _vocabulary(source, kept.get("train", []), settings)
     asked = {split: [text.answers for s in samples for text in s.texts] for split, samples in kept.items()}
     skipped = [Skipped(key=row, reason=reason) for row, reason in source.skipped]
@@ -227,18 +268,6 @@ def _summarise(
         min_count=min_count,
         coverage={s: coverage(q, answers, source.rule) for s, q in asked.items()} if answers else {},
         skipped=(*skipped, *(skip for shard in shards for skip in shard.skipped)),
-    )
-
-
-def _entry(folder: Path, shard: ShardIndex) -> ShardEntry:
-    content = (folder / index_name(shard.name)).read_bytes()
-    return ShardEntry(
-        name=shard.name,
-        samples=len(shard.samples),
-        texts=shard.texts,
-        bytes=shard.bytes,
-        sha256=shard.sha256,
-        index_sha256=sha256(content).hexdigest(),
     )
 
 

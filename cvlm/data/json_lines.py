@@ -1,10 +1,14 @@
-"""A folder of the user's own: `train.jsonl` and `test.jsonl`, one `{"image", "text", "answer"}` per line."""
+"""A folder of the user's own: `train.jsonl` and `test.jsonl`, one `{"image", "text", "answer"}` per line.
+
+Lines of texts alone have no `image`.
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cvlm.config import JsonLinesData
 from cvlm.data.examples import UNLABELLED, Examples, PictureFile, Splits, index_texts
@@ -22,7 +26,7 @@ def load(spec: JsonLinesData, task: str) -> Splits:
     """
     if TASKS[task].pictures > 1:
         raise CvlmError(f"data kind 'jsonl' has one picture per line, task {task!r} has two; see cvlm data import")
-    train_rows, test_rows = _rows(spec.path / "train.jsonl"), _rows(spec.path / "test.jsonl")
+    train_rows, test_rows = (_rows(spec.path / f"{split}.jsonl", task) for split in ("train", "test"))
     answers = spec.answers if spec.answers is not None else _vocabulary(train_rows, task)
     return Splits(
         train=_split(spec, "train", train_rows, answers, task).limit(spec.limit),
@@ -30,7 +34,7 @@ def load(spec: JsonLinesData, task: str) -> Splits:
     )
 
 
-def _rows(path: Path) -> list[Row]:
+def _rows(path: Path, task: str) -> list[Row]:
     try:
         # No splitlines: it also breaks at characters that JSON allows inside a text, such as U+2028.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -46,14 +50,15 @@ def _rows(path: Path) -> list[Row]:
             row = json.loads(line)
         except ValueError as error:
             raise CvlmError(f"{path} line {number} is not JSON: {error}") from error
-        rows.append({**_checked(row, f"{path} line {number}"), "line": number})
+        rows.append({**_checked(row, f"{path} line {number}", task), "line": number})
     return rows
 
 
-def _checked(row: Any, place: str) -> Row:
+def _checked(row: Any, place: str, task: str) -> Row:
+    keys = ("image", "text") if TASKS[task].pictures else ("text",)
     if not isinstance(row, dict):
         raise CvlmError(f'{place} must be an object such as {{"image": "1.png", "text": "...", "answer": "yes"}}')
-    for key in ("image", "text"):
+    for key in keys:
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise CvlmError(f"{place}: {key!r} must be a text that is not empty, got {row.get(key)!r}")
     answer = row.get("answer")
@@ -69,7 +74,7 @@ def _vocabulary(rows: list[Row], task: str) -> tuple[str, ...]:
 
 
 def _split(spec: JsonLinesData, split: str, rows: list[Row], answers: tuple[str, ...], task: str) -> Examples:
-    files, image_of = index_texts([row["image"] for row in rows])
+    files, image_of = index_texts([row["image"] for row in rows]) if TASKS[task].pictures else _no_pictures(len(rows))
     for file in files:
         if not (spec.path / file).is_file():
             raise CvlmError(f"{spec.path / f'{split}.jsonl'} names the image {file!r}, which is not in {spec.path}")
@@ -92,6 +97,10 @@ def _split(spec: JsonLinesData, split: str, rows: list[Row], answers: tuple[str,
         labels=np.asarray(labels, dtype=np.int64),
         answers=answers,
     )
+
+
+def _no_pictures(rows: int) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    return (), np.empty((rows, 0), dtype=np.int64)
 
 
 def _label(row: Row, path: Path, answers: dict[str, int]) -> int:

@@ -1,15 +1,17 @@
 """Picture files of unknown origin: what is refused, how they are decoded, and how two are found to look alike."""
 
 import io
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from cvlm.data.structure import whole
 from cvlm.encoders.pictures import to_rgb
 from cvlm.errors import CvlmError
 
@@ -22,7 +24,14 @@ MAX_FILE_BYTES = 64 * 2**20
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 """Formats that are read, and the member suffix of each."""
 
+MAX_NAME = 1000
+"""Characters of a file name with its folders; a longer one is taken for damage."""
+
+_PLAIN_NAME = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9_.-]*/)*[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _FORMATS = tuple(name for name in SUFFIXES if name != "MPO")  # the JPEG reader finds MPO by itself
+
+Check = Literal["structure", "decode"]
+"""How a picture is checked: by the structure of its file where that leaves no doubt, or always by its decoder."""
 
 T = TypeVar("T")
 
@@ -60,9 +69,11 @@ def safe_name(name: str) -> str:
     Raises:
         CvlmError: it is absolute, climbs out with `..`, or holds a character that no file name has.
     """
+    if _PLAIN_NAME.fullmatch(name) and len(name) <= MAX_NAME:
+        return name
     parts = PurePosixPath(name).parts
     bad = not parts or PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).drive) or ".." in parts
-    if bad or "\0" in name or "\\" in name or len(name) > 1000 or not _encodable(name):
+    if bad or "\0" in name or "\\" in name or len(name) > MAX_NAME or not _encodable(name):
         raise CvlmError(f"the file name {name[:200]!r} leaves its folder or is no file name; correct it in the data")
     return "/".join(parts)
 
@@ -73,15 +84,19 @@ def decode(data: bytes, where: str) -> Image.Image:
     Raises:
         CvlmError: not a picture of a known format, truncated, or above `MAX_PIXELS`; the text begins with `where`.
     """
-    return _guarded(data, where, to_rgb)
+    return _guarded(data, where, _as_rgb)
 
 
-def check(data: bytes, where: str) -> tuple[str, tuple[int, int]]:
+def check(data: bytes, where: str, how: Check = "decode") -> tuple[str, tuple[int, int]]:
     """Read a picture to its end without keeping it; returns its member suffix and its size in pixels.
 
     Raises:
-        CvlmError: as `decode` does.
+        CvlmError: as `decode` does; `structure` does not notice wrong data that is complete.
     """
+    found = whole(data) if how == "structure" and len(data) <= MAX_FILE_BYTES else None
+    if found is not None:
+        _check_pixels(found[1], where)
+        return found
 
     def run(image: Image.Image) -> tuple[str, tuple[int, int]]:
         suffix, size = SUFFIXES[str(image.format)], image.size
@@ -93,13 +108,13 @@ def check(data: bytes, where: str) -> tuple[str, tuple[int, int]]:
     return _guarded(data, where, run)
 
 
-def shrink(data: bytes, where: str, resize: Resize) -> tuple[str, bytes]:
+def shrink(data: bytes, where: str, resize: Resize, how: Check = "decode") -> tuple[str, bytes]:
     """Return suffix and bytes of a picture after `resize`; JPEG stays JPEG (quality 90), all else becomes PNG.
 
     Raises:
         CvlmError: as `decode` does.
     """
-    suffix, size = check(data, where)
+    suffix, size = check(data, where, how)
     target = resize.size(*size)
     if target == size:
         return suffix, data
@@ -122,6 +137,13 @@ def perceptual_hash(image: Image.Image) -> int:
     return int("".join("1" if bit else "0" for bit in bits), 2)
 
 
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and not image.has_transparency_data:
+        image.load()
+        return image  # nothing to convert: a copy would cost a tenth of decoding
+    return to_rgb(image)
+
+
 def _guarded(data: bytes, where: str, use: Callable[[Image.Image], T]) -> T:
     if len(data) > MAX_FILE_BYTES:
         raise CvlmError(f"{where}: {len(data):,} bytes; picture files above {MAX_FILE_BYTES:,} bytes are refused")
@@ -130,9 +152,7 @@ def _guarded(data: bytes, where: str, use: Callable[[Image.Image], T]) -> T:
             # Our own limit is lower than Pillow's warning, and warnings about odd metadata concern nobody here.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise CvlmError(f"{where}: {width} x {height} pixels; more than {MAX_PIXELS:,} are refused")
+                _check_pixels(image.size, where)
                 return use(image)
     except CvlmError:
         raise
@@ -140,6 +160,11 @@ def _guarded(data: bytes, where: str, use: Callable[[Image.Image], T]) -> T:
         # Pillow's readers raise whatever a damaged file makes them trip over: struct, zlib, index and key errors too.
         reason = "not a picture of a known format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise CvlmError(f"{where}: cannot decode the picture: {reason or type(error).__name__}") from error
+
+
+def _check_pixels(size: tuple[int, int], where: str) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise CvlmError(f"{where}: {size[0]} x {size[1]} pixels; more than {MAX_PIXELS:,} are refused")
 
 
 def _encodable(text: str) -> bool:

@@ -45,6 +45,17 @@ class Skipped(Strict):
     reason: str
 
 
+class ShardEntry(Strict):
+    """A shard as the folder's index knows it; `index_sha256` is of the shard's own index file."""
+
+    name: str
+    samples: NonNegativeInt
+    texts: NonNegativeInt
+    bytes: NonNegativeInt
+    sha256: Sha256
+    index_sha256: Sha256
+
+
 class ShardIndex(Strict):
     """One shard.
 
@@ -64,16 +75,10 @@ class ShardIndex(Strict):
     samples: tuple[SampleIndex, ...]
     skipped: tuple[Skipped, ...] = ()
 
-
-class ShardEntry(Strict):
-    """A shard as the folder's index knows it; `index_sha256` is of the shard's own index file."""
-
-    name: str
-    samples: NonNegativeInt
-    texts: NonNegativeInt
-    bytes: NonNegativeInt
-    sha256: Sha256
-    index_sha256: Sha256
+    def entry(self, index_sha256: str) -> ShardEntry:
+        """Return what the folder's index says of this shard, given the SHA-256 of this index's file."""
+        facts = {"name": self.name, "texts": self.texts, "bytes": self.bytes, "sha256": self.sha256}
+        return ShardEntry.model_validate({**facts, "samples": len(self.samples), "index_sha256": index_sha256})
 
 
 class SourceFile(Strict):

@@ -19,10 +19,10 @@ from cvlm.config import StudentSpec
 from cvlm.encoders import fingerprint, is_frozen, load_text_encoder, load_vision_encoder, set_trainable
 from cvlm.errors import CvlmError
 from cvlm.model.cvlm import CVLM
+from cvlm.model.text_only import TextClassifier
 
 FORMAT = 1
 CONFIG, WEIGHTS, ANSWERS, CARD = "config.json", "model.safetensors", "answers.json", "README.md"
-TOWERS = ("vision", "text")
 
 
 def compose(
@@ -33,11 +33,29 @@ def compose(
     vision: nn.Module | None = None,
     text: nn.Module | None = None,
 ) -> CVLM:
-    """Build an untrained CVLM from a specification; instances take the place of the encoders that it names."""
-    vision = vision if vision is not None else load_vision_encoder(spec.vision)
+    """Build an untrained CVLM from a specification; instances take the place of the encoders that it names.
+
+    Raises:
+        CvlmError: something in it is wrong, or a captioner's text encoder is not frozen.
+    """
+    model = _assemble(spec, task=task, answers=answers, vision=vision, text=text)
+    if model.decoder is not None:
+        if not is_frozen(model.text):
+            raise CvlmError(f"task {task!r} lets the text encoder read each word once; set its train to frozen")
+        model.decoder.read_vocabulary(model.text, model.answers)
+    return model
+
+
+def _assemble(
+    spec: StudentSpec, *, task: str, answers: tuple[str, ...], vision: nn.Module | None, text: nn.Module | None
+) -> CVLM:
     text = text if text is not None else load_text_encoder(spec.text)
-    model = CVLM(spec, task=task, vision=vision, text=text, answers=answers)
-    for tower in TOWERS:
+    if spec.vision is None:
+        model: CVLM = TextClassifier(spec, task=task, text=text, answers=answers)
+    else:
+        vision = vision if vision is not None else load_vision_encoder(spec.vision)
+        model = CVLM(spec, task=task, vision=vision, text=text, answers=answers)
+    for tower in model.towers:
         encoder_spec = getattr(spec, tower)
         # An instance of the user's own class keeps what its owner froze; it is only ever frozen as a whole here.
         if encoder_spec.name != "custom" or encoder_spec.train == "frozen":
@@ -57,7 +75,7 @@ def save_model(model: CVLM, folder: str | Path, *, standalone: bool = False) -> 
         CvlmError: the folder cannot be written.
     """
     folder = Path(folder)
-    referenced = [] if standalone else [tower for tower in TOWERS if _by_reference(model, tower)]
+    referenced = [] if standalone else [tower for tower in model.towers if _by_reference(model, tower)]
     own = {name: tensor for name, tensor in model.state_dict().items() if name.split(".")[0] not in referenced}
     # Copies, because safetensors refuses tensors that share memory, as tied weights do.
     state = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in own.items()}
@@ -93,17 +111,18 @@ def load_model(name: str | Path, *, vision: nn.Module | None = None, text: nn.Mo
     folder = _locate(name)
     config = _read_config(folder)
     spec, referenced = config["spec"], config["referenced_encoders"]
-    towers = {"vision": vision, "text": text}
-    for tower in TOWERS:
-        if towers[tower] is None and getattr(spec, tower).name == "custom":
+    given = {"vision": vision, "text": text}
+    towers = [tower for tower in given if getattr(spec, tower) is not None]
+    for tower in towers:
+        if given[tower] is None and getattr(spec, tower).name == "custom":
             raise CvlmError(
                 f"{folder} was built with a {tower} encoder of your own class; pass it: from_pretrained({tower}=...)"
             )
     # Encoders whose weights stand in the file are built without loading theirs first.
     build_spec = spec.model_copy(
-        update={tower: getattr(spec, tower).model_copy(update={"pretrained": tower in referenced}) for tower in TOWERS}
+        update={tower: getattr(spec, tower).model_copy(update={"pretrained": tower in referenced}) for tower in towers}
     )
-    model = compose(build_spec, task=config["task"], answers=_read_answers(folder), vision=vision, text=text)
+    model = _assemble(build_spec, task=config["task"], answers=_read_answers(folder), vision=vision, text=text)
     model.spec = spec
     for tower, expected in referenced.items():
         _check_reference(model, tower, expected, folder)
@@ -124,14 +143,15 @@ def push_model(model: CVLM, repository: str, *, private: bool = False, standalon
 
 def model_card(model: CVLM) -> str:
     """Return a short model card in the hub's format."""
-    spec, fusion = model.spec, model.spec.fusion
+    encoders = {tower: getattr(model.spec, tower) for tower in model.towers}
+    named = "".join(f"- {tower} encoder: `{spec.name}` ({spec.train})\n" for tower, spec in encoders.items())
+    fusion = model.spec.fusion
+    shape = f"{fusion.kind}, width {fusion.width}, depth {fusion.depth}, {fusion.heads} heads"
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return (
         "---\nlibrary_name: cvlm\ntags: [cvlm, vision-language]\n---\n\n"
         f"# A compositional vision-language model for {model.task}\n\n"
-        f"- vision encoder: `{spec.vision.name}` ({spec.vision.train})\n"
-        f"- text encoder: `{spec.text.name}` ({spec.text.train})\n"
-        f"- fusion: {fusion.kind}, width {fusion.width}, depth {fusion.depth}, {fusion.heads} heads\n"
+        f"{named}- fusion: {shape if model.spec.vision is not None else 'none, texts alone'}\n"
         f"- trained parameters: {trained:,}\n\n"
         "Load it with `cvlm.CVLM.from_pretrained(folder)`. The encoders keep their own licences.\n"
     )

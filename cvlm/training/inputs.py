@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cvlm.cost import PhaseMeter, count_flops
-from cvlm.data import Examples, StoredTokens, encode_once
+from cvlm.data import CaptionWords, Examples, StoredTokens, encode_once
 from cvlm.data.features import Progress
 from cvlm.encoders import EncoderOutput, is_frozen
 from cvlm.model import CVLM
@@ -25,23 +25,27 @@ class ModelInputs:
 
     Attributes:
         examples: the split.
-        image: stored outputs of the vision tower, or the tower itself where it is trained.
-        text: likewise for text.
+        image: stored outputs of the vision tower, or the tower itself where it is trained; None for texts alone.
+        text: likewise for text; for a captioner the words of each pair's caption.
     """
 
     examples: Examples
-    image: StoredTokens | nn.Module
-    text: StoredTokens | nn.Module
+    image: StoredTokens | nn.Module | None
+    text: StoredTokens | CaptionWords | nn.Module
 
     @property
     def stored(self) -> frozenset[str]:
-        """Towers that never run again: their outputs are stored."""
+        """Towers that never run again: their outputs are stored, or the model keeps what they said of each word."""
         pairs = (("vision", self.image), ("text", self.text))
-        return frozenset(tower for tower, source in pairs if isinstance(source, StoredTokens))
+        return frozenset(tower for tower, source in pairs if source is not None and not isinstance(source, nn.Module))
 
     def pairs(self, index: Indices) -> dict[str, Any]:
         """Return `{"image", "text"}` inputs of some pairs; two pictures take two rows, each with the text."""
+        if self.image is None:
+            return {"image": None, "text": self.texts(self.examples.text_of[index])}
         shown = self.examples.image_of[index].reshape(len(index), -1)
+        if isinstance(self.text, CaptionWords):
+            return {"image": self.images(shown.ravel()), "text": self.text.inputs(index)}
         return {
             "image": self.images(shown.ravel()),
             "text": self.texts(np.repeat(self.examples.text_of[index], shown.shape[1])),
@@ -49,12 +53,14 @@ class ModelInputs:
 
     def images(self, index: Indices) -> Any:
         """Return the inputs of some pictures."""
+        assert self.image is not None, "texts alone have no pictures"
         if isinstance(self.image, StoredTokens):
             return self.image.take(index)
         return self.image.prepare([self.examples.pictures[i].load() for i in index])  # type: ignore[operator]
 
     def texts(self, index: Indices) -> Any:
         """Return the inputs of some texts."""
+        assert not isinstance(self.text, CaptionWords), "a captioner reads no whole texts"
         if isinstance(self.text, StoredTokens):
             return self.text.take(index)
         return self.text.prepare([self.examples.texts[i] for i in index])  # type: ignore[operator]
@@ -88,10 +94,11 @@ def model_inputs(
             meter.add(flops=_flops_of_one(encoder, items[0], device) * stored.encoded, samples=stored.encoded)
         return stored
 
+    words = examples.labels if isinstance(examples.labels, CaptionWords) else None
     return ModelInputs(
         examples=examples,
-        image=source(model.vision, examples.pictures),
-        text=source(model.text, examples.texts),
+        image=source(model.towers["vision"], examples.pictures) if "vision" in model.towers else None,
+        text=words if words is not None else source(model.text, examples.texts),
     )
 
 

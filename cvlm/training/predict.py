@@ -1,4 +1,4 @@
-"""Run a model over a split without gradient: answer logits, or embeddings and match scores for retrieval."""
+"""Run a model over a split without gradient: answer logits, embeddings and match scores for retrieval, captions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +11,12 @@ from torch import Tensor
 from cvlm.cost import count_flops
 from cvlm.model import CVLM
 from cvlm.training.inputs import Indices, ModelInputs, move
+from cvlm.training.retrieval import RetrievalSettings, Retrieved, retrieve
 from distill import Signal
 
 Progress = Callable[[int, int], None]
+
+DEFAULTS = RetrievalSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,17 +25,14 @@ class Prediction:
 
     Attributes:
         logits: `[n, n_answers]` for tasks that answer.
-        images: `[pictures, e]` unit vectors for retrieval.
-        texts: `[texts, e]` unit vectors for retrieval.
-        rerank: `[pictures, texts]` scaled cosine plus match logit of the pairs that were re-ranked (BLIP's ranking
-            score) and -inf elsewhere, or None.
+        retrieved: embeddings and re-ranked candidates for retrieval.
+        captions: one for every picture of the split, for captioning.
         flops: of all forward passes, stored tower outputs not counted again.
     """
 
     logits: NDArray[np.float32] | None = None
-    images: Tensor | None = None
-    texts: Tensor | None = None
-    rerank: Tensor | None = None
+    retrieved: Retrieved | None = None
+    captions: tuple[str, ...] | None = None
     flops: int = 0
 
 
@@ -40,7 +40,7 @@ def predict(
     model: CVLM,
     inputs: ModelInputs,
     *,
-    rerank: int = 16,
+    retrieval: RetrievalSettings = DEFAULTS,
     batch_size: int = 256,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -50,7 +50,7 @@ def predict(
     Args:
         model: put into evaluation mode.
         inputs: how to feed it.
-        rerank: how many candidates per query the matching head re-scores, for retrieval models that have one.
+        retrieval: how candidates are ranked, for retrieval.
         batch_size: pairs per forward pass.
         device: where to run.
         progress: called with (done, total).
@@ -59,7 +59,10 @@ def predict(
     with torch.inference_mode():
         if model.facts.output == "answers":
             return _answer(model, inputs, batch_size, device, progress)
-        return _embed_and_rerank(model, inputs, rerank, batch_size, device, progress)
+        if model.facts.output == "words":
+            return _describe(model, inputs, batch_size, device, progress)
+        found = retrieve(model, inputs, retrieval, batch_size=batch_size, device=device, progress=progress)
+        return Prediction(retrieved=found, flops=found.flops)
 
 
 def _answer(model: CVLM, inputs: ModelInputs, batch_size: int, device: str, progress: Progress | None) -> Prediction:
@@ -73,33 +76,19 @@ def _answer(model: CVLM, inputs: ModelInputs, batch_size: int, device: str, prog
     return Prediction(logits=found.numpy(), flops=flops)
 
 
-def _embed_and_rerank(
-    model: CVLM, inputs: ModelInputs, rerank: int, batch_size: int, device: str, progress: Progress | None
-) -> Prediction:
-    examples = inputs.examples
+def _describe(model: CVLM, inputs: ModelInputs, batch_size: int, device: str, progress: Progress | None) -> Prediction:
+    def captions(index: Indices) -> list[str]:
+        return model.describe(move(inputs.images(index), device))
 
-    def embed_images(index: Indices) -> Tensor:
-        return model.embed_images(move(inputs.images(index), device))
-
-    def embed_texts(index: Indices) -> Tensor:
-        return model.embed_texts(move(inputs.texts(index), device))
-
-    images, image_flops = _batched(embed_images, np.arange(len(examples.pictures)), batch_size, None)
-    texts, text_flops = _batched(embed_texts, np.arange(len(examples.texts)), batch_size, None)
-    if model.matching_head is None or rerank < 1:
-        return Prediction(images=images, texts=texts, flops=image_flops + text_flops)
-
-    similarity = images @ texts.T
-    pairs = np.stack(_candidates(similarity, rerank))
-
-    def match(index: Indices) -> Tensor:
-        rows, columns = pairs[:, index]
-        return model.match(move(inputs.images(rows), device), move(inputs.texts(columns), device))
-
-    found, match_flops = _batched(match, np.arange(pairs.shape[1]), batch_size, progress)
-    scores = torch.full_like(similarity, -torch.inf)
-    scores[pairs[0], pairs[1]] = found + model.similarity_scale * similarity[pairs[0], pairs[1]]
-    return Prediction(images=images, texts=texts, rerank=scores, flops=image_flops + text_flops + match_flops)
+    pictures = np.arange(len(inputs.examples.pictures))
+    # Captions end at different places, so what the first batch costs tells about the others only roughly.
+    flops = round(count_flops(lambda: captions(pictures[:batch_size])) / min(batch_size, len(pictures)) * len(pictures))
+    said: list[str] = []
+    while len(said) < len(pictures):
+        said += captions(pictures[len(said) : len(said) + batch_size])
+        if progress is not None:
+            progress(len(said), len(pictures))
+    return Prediction(captions=tuple(said), flops=flops)
 
 
 def _batched(
@@ -114,12 +103,3 @@ def _batched(
         if progress is not None:
             progress(min(start + batch_size, len(index)), len(index))
     return torch.cat(results), flops
-
-
-def _candidates(similarity: Tensor, number: int) -> tuple[Indices, Indices]:
-    """Return picture and text indices of the top candidates of every picture and of every text."""
-    chosen = torch.zeros_like(similarity, dtype=torch.bool)
-    chosen.scatter_(1, similarity.topk(min(number, similarity.shape[1]), dim=1).indices, True)
-    chosen.scatter_(0, similarity.topk(min(number, similarity.shape[0]), dim=0).indices, True)
-    rows, columns = chosen.nonzero(as_tuple=True)
-    return rows.numpy(), columns.numpy()

@@ -1,6 +1,8 @@
 """Where a phase gets its teacher's signal from: stored targets, or the teacher itself, run beside the student."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL.Image import Image
 
 from cvlm.cost import count_flops
 from cvlm.data import Examples
@@ -16,8 +19,10 @@ from cvlm.training.inputs import ModelInputs, model_inputs, move
 from cvlm.training.teacher import CvlmTeacher
 from distill import Request, Signal, Teacher
 from distill.targets import TargetStore
+from distill.teachers.base import KeyedTeacher, PairKey
 
 Indices = NDArray[np.int64]
+NOTHING: Indices = np.zeros(0, dtype=np.int64)
 
 
 class TargetSource(Protocol):
@@ -26,6 +31,16 @@ class TargetSource(Protocol):
     @property
     def depth(self) -> int:
         """Number of the teacher's cross-modal layers."""
+        ...
+
+    @property
+    def answers(self) -> tuple[str, ...] | None:
+        """What the teacher's logits are over, if it says."""
+        ...
+
+    @property
+    def missing(self) -> Indices:
+        """Pairs of the split that the teacher knows nothing about; phases that read it leave them out."""
         ...
 
     def fetch(self, index: Indices, request: Request) -> Any:
@@ -61,14 +76,42 @@ class LiveTarget:
         """Number of the teacher's cross-modal layers."""
         return self.teacher.depth
 
+    @property
+    def answers(self) -> tuple[str, ...] | None:
+        """What the teacher's logits are over, if it says."""
+        return getattr(self.teacher, "answers", None)
+
+    @cached_property
+    def missing(self) -> Indices:
+        """Pairs that a teacher that looks them up does not find."""
+        if not isinstance(self.teacher, KeyedTeacher) or not self.teacher.keyed:
+            return NOTHING
+        return np.array(self.teacher.missing(self._keys(np.arange(len(self.examples)))), dtype=np.int64)
+
     def fetch(self, index: Indices, request: Request) -> Any:
         """Preprocess with the teacher's own processor, or read its towers' stored outputs."""
         if self.inputs is not None:
             return self.inputs.pairs(index)
         shown = self.examples.image_of[index].reshape(len(index), -1)
-        pictures = [self.examples.pictures[i].load().convert("RGB") for i in shown.ravel().tolist()]
-        texts = [self.examples.texts[i] for i in np.repeat(self.examples.text_of[index], shown.shape[1])]
-        return self.teacher.prepare(pictures, texts)
+
+        def load() -> Sequence[Image]:
+            return [self.examples.pictures[i].load().convert("RGB") for i in shown.ravel().tolist()]
+
+        if isinstance(self.teacher, KeyedTeacher) and self.teacher.keyed:
+            return self.teacher.look_up(self._keys(index), load)
+        texts = [self.examples.texts[i] for i in np.repeat(self.examples.text_of[index], shown.shape[1] or 1)]
+        return self.teacher.prepare(load(), texts)
+
+    def _keys(self, index: Indices) -> list[PairKey]:
+        examples, shown = self.examples, self.examples.image_of[index].reshape(len(index), -1)
+        return [
+            PairKey(
+                id=examples.ids[pair] if examples.ids else None,
+                picture="+".join(examples.pictures[i].key for i in pictures),
+                text=examples.texts[examples.text_of[pair]],
+            )
+            for pair, pictures in zip(index.tolist(), shown.tolist(), strict=True)
+        ]
 
     def signal(self, batch: Any, request: Request) -> Signal:
         """Run the teacher without gradient."""
@@ -86,6 +129,8 @@ class StoredTarget:
 
     store: TargetStore
     depth: int
+    answers: tuple[str, ...] | None = None
+    missing: Indices = field(default_factory=lambda: NOTHING)
 
     def fetch(self, index: Indices, request: Request) -> Signal:
         """Read the targets."""
@@ -129,9 +174,9 @@ def store_targets(
         progress: called with (done, total).
     """
     pairs = len(live.examples)
-    fingerprint = _fingerprint(live, request)
-    store = TargetStore(folder / fingerprint[:24], pairs=pairs, fingerprint=fingerprint, text_length=text_length)
-    built = BuiltTargets(source=StoredTarget(store=store, depth=live.depth))
+    own, fingerprint = folder / target_name(live, request), _fingerprint(live, request)
+    store = TargetStore(own, pairs=pairs, fingerprint=fingerprint, text_length=text_length)
+    built = BuiltTargets(source=StoredTarget(store=store, depth=live.depth, answers=live.answers, missing=live.missing))
     per_sample = 0.0
     for start in range(store.done, pairs, batch_size):
         index = np.arange(start, min(start + batch_size, pairs))
@@ -148,8 +193,14 @@ def store_targets(
     return built
 
 
+def target_name(live: LiveTarget, request: Request) -> str:
+    """Return the name of the folder that holds these targets."""
+    return _fingerprint(live, request)[:24]
+
+
 def _fingerprint(live: LiveTarget, request: Request) -> str:
-    asked = (sorted(request.fields), sorted(request.attention_layers), sorted(request.hidden_layers))
+    layers = (request.attention_layers, request.hidden_layers, request.projection_layers)
+    asked = (sorted(request.fields), *(sorted(group) for group in layers))
     return sha256(f"{live.teacher.fingerprint}|{live.examples.fingerprint}|{asked}".encode()).hexdigest()
 
 

@@ -6,10 +6,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import nn
 
+from cvlm.data import CaptionWords
 from cvlm.encoders import fingerprint
 from cvlm.errors import CvlmError
 from cvlm.model import CVLM, load_model, take
@@ -32,14 +34,15 @@ class CvlmTeacher:
     def __init__(self, model: CVLM, name: str = "cvlm") -> None:
         self.model = model.eval().requires_grad_(False)
         self.name = name
-        self.depth = model.fusion.depth
+        self.depth = model.depth
+        self.pictures = model.facts.pictures
         self.fields = model.fields - {"matching"}
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over all weights and the answer vocabulary."""
         digest = sha256("\0".join([self.model.task, *self.model.answers, str(self.model.spec)]).encode())
-        for part in (self.model.vision, self.model.text):
+        for part in self.model.towers.values():
             digest.update(fingerprint(part).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             if not name.startswith(("vision.", "text.")):
@@ -53,7 +56,12 @@ class CvlmTeacher:
 
     def prepare(self, images: Sequence[Image], texts: Sequence[str]) -> Mapping[str, Any]:
         """Preprocess pairs with the model's own towers."""
-        return {"image": self.model.vision.prepare(images), "text": self.model.text.prepare(texts)}  # type: ignore[operator]
+        if not self.pictures:
+            return {"image": None, "text": self.model.text.prepare(texts)}  # type: ignore[operator]
+        image = self.model.vision.prepare(images)  # type: ignore[operator]
+        if self.model.facts.output == "words":
+            return {"image": image, "text": CaptionWords.of(texts, self.model.answers).inputs(np.arange(len(texts)))}
+        return {"image": image, "text": self.model.text.prepare(texts)}  # type: ignore[operator]
 
     def signal(self, inputs: Mapping[str, Any], request: Request) -> Signal:
         """Run the model without gradient."""

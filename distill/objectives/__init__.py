@@ -8,15 +8,54 @@ from typing import Any
 from distill.errors import DistillError
 from distill.objectives.attention import CrossAttention
 from distill.objectives.base import Objective
+from distill.objectives.boundary import ActivationBoundary
+from distill.objectives.calibration import Entropy, Focal
+from distill.objectives.contrastive import Contrastive
+from distill.objectives.correlation import Dist
+from distill.objectives.crd import ContrastiveRepresentation
+from distill.objectives.decoupled import DecoupledKD
+from distill.objectives.divergences import JensenShannon, LogitMSE, ReverseKL, SymmetricKL, TotalVariation
 from distill.objectives.features import Hidden
+from distill.objectives.heterogeneous import Heterogeneous
+from distill.objectives.inheritance import InheritanceExploration
+from distill.objectives.ranking import Ranking
+from distill.objectives.relational import Correlation, ProbabilisticTransfer, Relational, SimilarityPreserving
+from distill.objectives.relations import ValueRelation
 from distill.objectives.response import Labels, Logits, Similarity
+from distill.objectives.structure import Continual, Mutual
+from distill.objectives.top_k import TopK
+from distill.objectives.variational import Variational
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "labels": Labels,
     "logits": Logits,
     "similarity": Similarity,
+    "jsd": JensenShannon,
+    "reverse_kl": ReverseKL,
+    "symmetric_kl": SymmetricKL,
+    "tvd": TotalVariation,
+    "logit_mse": LogitMSE,
+    "top_k": TopK,
+    "dkd": DecoupledKD,
+    "ranking": Ranking,
+    "focal": Focal,
+    "entropy": Entropy,
     "cross_attention": CrossAttention,
+    "value_relation": ValueRelation,
     "hidden": Hidden,
+    "activation_boundary": ActivationBoundary,
+    "pkt": ProbabilisticTransfer,
+    "relational": Relational,
+    "similarity_preserving": SimilarityPreserving,
+    "correlation": Correlation,
+    "dist": Dist,
+    "internal_external": InheritanceExploration,
+    "vid": Variational,
+    "crd": ContrastiveRepresentation,
+    "contrastive": Contrastive,
+    "mutual": Mutual,
+    "heterogeneous": Heterogeneous,
+    "continual": Continual,
 }
 
 

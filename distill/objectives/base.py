@@ -1,13 +1,14 @@
 """What every objective is: a small module that turns two signals into `(sum, count)`."""
 
-import math
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from distill.alignment import LayerMap, check_layers, resolve_layers
 from distill.errors import DistillError
+from distill.schedule import Weight, parse_weight
 from distill.signal import Layers, Request, Signal
 
 Loss = tuple[Tensor, Tensor]
@@ -19,10 +20,11 @@ class Objective(nn.Module):
 
     A subclass states the signal fields it needs on both sides, and returns the *sum* over examples and their *count*;
     the trainer alone divides, so that gradient accumulation and ragged batches leave the scale unchanged. Trainable
-    adapters (regressors) are made by `prepare` from one example of both signals.
+    adapters (regressors) are made by `prepare` from one batch of both signals.
 
     Args:
-        weight: factor of this term in the total loss; applied by the trainer, not by `forward`.
+        weight: factor of this term in the total loss, a number or a schedule over the phase's steps (see
+            `distill.schedule`); applied by the trainer, not by `forward`.
     """
 
     kind: ClassVar[str]
@@ -30,11 +32,12 @@ class Objective(nn.Module):
     student_needs: frozenset[str] = frozenset()
     teacher_needs: frozenset[str] = frozenset()
 
-    def __init__(self, *, weight: float = 1.0) -> None:
+    def __init__(self, *, weight: Weight | Mapping[str, Any] = 1.0) -> None:
         super().__init__()
-        if not 0 <= weight < math.inf:
-            raise DistillError(f"objective {self.kind!r}: weight is {weight}, it must be finite and not negative")
-        self.weight = weight
+        try:
+            self.weight = parse_weight(weight)
+        except DistillError as error:
+            raise DistillError(f"objective {self.kind!r}: {error}") from error
 
     def missing(self, student: frozenset[str], teacher: frozenset[str]) -> dict[str, frozenset[str]]:
         """Return the needed fields that a student and a teacher with these fields cannot give, by side."""
@@ -43,6 +46,22 @@ class Objective(nn.Module):
     def requests(self, student_depth: int, teacher_depth: int) -> tuple[Request, Request]:
         """Say what the student's and the teacher's forward passes must record."""
         return Request(fields=self.student_needs), Request(fields=self.teacher_needs)
+
+    def match(self, student: Sequence[str], teacher: Sequence[str] | None) -> None:
+        """Compare the answer vocabularies of both sides, before the first step.
+
+        Args:
+            student: the student's answers in the order of its logits; empty for tasks without answers.
+            teacher: the teacher's; None where it does not say.
+
+        Raises:
+            DistillError: answers are compared one by one, and the vocabularies differ.
+        """
+        if self.teacher_needs & {"logits", "top_logits"} and teacher is not None and tuple(teacher) != tuple(student):
+            raise DistillError(
+                f"objective {self.kind!r} compares answer by answer; the teacher answers over {len(teacher)} answers "
+                f"and the student over {len(student)}, or in another order; give both the same vocabulary"
+            )
 
     def prepare(self, student: Signal, teacher: Signal | None) -> None:
         """Make adapters that fit both signals; does nothing when there are none or they exist."""
@@ -58,7 +77,7 @@ class Objective(nn.Module):
             student: the trained model's signal.
             teacher: the target, detached; None for objectives without `teacher_needs`.
             labels: `[b]` class or group index, -100 where there is no label; or `[b, n_answers]` soft scores, rows of
-                -100 where there is no label.
+                -100 where there is no label; or `[b, T]` integers, the words of captions, -100 behind the last.
 
         Raises:
             DistillError: a needed field is None, or shapes cannot be aligned.
@@ -104,8 +123,15 @@ class LayerObjective(Objective):
         return [(student[s], teacher[t].detach()) for s, t in chosen]
 
 
-def example_mean(rows: Tensor, exists: Tensor) -> Loss:
-    """Average rows `[b, r]` within each example, over existing rows only; sum over the examples that have any."""
+def example_mean(rows: Tensor, exists: Tensor, pictures: int = 1) -> Loss:
+    """Average rows within each example, over existing rows only; sum over the examples that have any.
+
+    Args:
+        rows: `[b * pictures, r]`, those of an example's pictures next to each other.
+        exists: likewise, True where a row counts.
+        pictures: how many pictures an example shows.
+    """
+    rows, exists = (part.unflatten(0, (-1, pictures)).flatten(1) for part in (rows, exists))
     number = exists.sum(-1)
     mean = (rows * exists).sum(-1) / number.clamp_min(1)
     return mean.sum(), (number > 0).sum()
@@ -114,6 +140,13 @@ def example_mean(rows: Tensor, exists: Tensor) -> Loss:
 def labelled_rows(labels: Tensor) -> Tensor:
     """Return `[b]` True where a label is present."""
     return labels >= 0 if labels.dim() == 1 else labels[:, 0] >= 0
+
+
+def count_words(labels: Tensor | None) -> int | None:
+    """Return how many words `[b, T]` integer labels hold; None for labels of any other kind."""
+    if labels is None or labels.dim() == 1 or labels.is_floating_point():
+        return None
+    return int((labels >= 0).sum())
 
 
 def zero_like(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.errors import DistillError
-from distill.objectives.base import Loss, Objective, labelled_rows, zero_like
+from distill.objectives.base import Loss, Objective, count_words, labelled_rows, zero_like
 from distill.signal import Request, Signal
 
 LINKS = ("softmax", "sigmoid")
@@ -28,6 +28,7 @@ class Labels(Objective):
 
     Classification: cross-entropy of `logits`; soft VQA scores are scaled to a distribution (`link="softmax"`) or
     taken per answer by binary cross-entropy, summed over answers (`link="sigmoid"`, Teney et al. 2018).
+    Captioning: cross-entropy of `word_logits`, averaged over words, not over captions.
     Retrieval: InfoNCE over `similarity`, the mean of both directions (CLIP, Radford et al. 2021, fig. 3), where every
     pair with the same label is a positive; plus, where the model has a matching head, binary cross-entropy over
     `matching` (ALBEF, Li et al. 2021, eq. 3).
@@ -46,8 +47,8 @@ class Labels(Objective):
         self.link = link
 
     def missing(self, student: frozenset[str], teacher: frozenset[str]) -> dict[str, frozenset[str]]:
-        """Logits or similarity will do."""
-        lacking = frozenset() if student & {"logits", "similarity"} else frozenset({"logits"})
+        """Any of the outputs that tasks have labels for will do."""
+        lacking = frozenset() if student & {"logits", "word_logits", "similarity"} else frozenset({"logits"})
         return {"student": lacking, "teacher": frozenset()}
 
     def requests(self, student_depth: int, teacher_depth: int) -> tuple[Request, Request]:
@@ -55,17 +56,22 @@ class Labels(Objective):
         return Request(fields=frozenset({"logits", "similarity", "matching"})), Request(fields=frozenset())
 
     def count(self, labels: Tensor | None, examples: int) -> int:
-        """Count the labelled examples."""
+        """Count the labelled examples, of captions the words."""
+        words = count_words(labels)
+        if words is not None:
+            return words
         return examples if labels is None else int(labelled_rows(labels).sum())
 
     def forward(self, student: Signal, teacher: Signal | None, labels: Tensor | None = None) -> Loss:
         """See the class; `labels` may be None only for retrieval, where row i then belongs to column i."""
         if student.logits is None and student.similarity is not None:
             return self._contrast(student, labels)
-        logits = self.take(student, "student", "logits")
+        logits = self.take(student, "student", "logits") if student.word_logits is None else student.word_logits
         assert isinstance(logits, Tensor)
         if labels is None:
             raise DistillError("objective 'labels' was given no labels")
+        if student.word_logits is not None:
+            logits, labels = logits.flatten(0, 1), labels.flatten()
         rows = labelled_rows(labels)
         if not rows.any():
             return zero_like(logits), rows.sum()
@@ -109,6 +115,9 @@ def _matching_loss(matching: Tensor) -> Tensor:
 class Logits(Objective):
     """Divergence of the student's answer distribution from the teacher's (Hinton et al. 2015, eq. 4 and section 2.1).
 
+    Between captioners it is taken word by word, given the caption's own words before it (word-level distillation;
+    Kim & Rush 2016, section 3.1), and averaged over words.
+
     `T^2 * KL(softmax(z_t / T) || softmax(z_s / T))`, or with `link="sigmoid"` the sum over answers of the divergence
     between the two Bernoulli distributions: zero at the teacher, unlike plain BCE, with the same gradient.
 
@@ -130,9 +139,20 @@ class Logits(Objective):
         self.temperature = temperature
         self.link = link
 
+    def missing(self, student: frozenset[str], teacher: frozenset[str]) -> dict[str, frozenset[str]]:
+        """Return what both sides lack of `logits`, or of `word_logits` where the student is a captioner."""
+        field = frozenset({"word_logits"} if "word_logits" in student else {"logits"})
+        return {"student": field - student, "teacher": field - teacher}
+
+    def count(self, labels: Tensor | None, examples: int) -> int:
+        """Count the examples, of captions the words."""
+        words = count_words(labels)
+        return examples if words is None else words
+
     def forward(self, student: Signal, teacher: Signal | None, labels: Tensor | None = None) -> Loss:
-        """Compare `logits` `[b, n_answers]` of both sides; labels play no part."""
-        z_s, z_t = self.take(student, "student", "logits"), self.take(teacher, "teacher", "logits")
+        """Compare `logits` `[b, n_answers]` of both sides, or `word_logits` at the places where `labels` has words."""
+        field = "logits" if student.word_logits is None else "word_logits"
+        z_s, z_t = self.take(student, "student", field), self.take(teacher, "teacher", field)
         assert isinstance(z_s, Tensor)
         assert isinstance(z_t, Tensor)
         if z_s.shape != z_t.shape:
@@ -140,6 +160,12 @@ class Logits(Objective):
                 f"objective 'logits': student logits {tuple(z_s.shape)} and teacher logits {tuple(z_t.shape)} differ; "
                 "both must answer over the same vocabulary"
             )
+        if student.word_logits is not None:
+            if labels is None:
+                raise DistillError("objective 'logits' was given no labels, which say where captions have words")
+            if not (labels >= 0).any():
+                return zero_like(z_s), (labels >= 0).sum()
+            z_s, z_t = z_s[labels >= 0], z_t[labels >= 0]
         divergence = softmax_kl if self.link == "softmax" else bernoulli_kl
         return divergence(z_t.detach(), z_s, self.temperature).sum(), torch.tensor(len(z_s), device=z_s.device)
 

@@ -16,7 +16,23 @@ TEACHERS: dict[str, str] = {
     "cvlm": "cvlm.training.teacher:load_cvlm_teacher",
     "flava": "distill.teachers.flava:FlavaTeacher",
     "vilt": "distill.teachers.vilt:ViltTeacher",
+    "blip": "distill.teachers.blip:load_blip",
+    "bridgetower": "distill.teachers.bridgetower:BridgeTowerTeacher",
+    "git": "distill.teachers.git:GitTeacher",
+    "clip": "distill.teachers.dual:ClipTeacher",
+    "siglip": "distill.teachers.dual:SiglipTeacher",
+    "open_clip": "distill.teachers.dual:OpenClipTeacher",
+    "generative": "distill.teachers.generative:GenerativeTeacher",
+    "server": "distill.teachers.server:load_server_teacher",
+    "callable": "distill.teachers.callable:CallableTeacher",
+    "table": "distill.teachers.table:TableTeacher",
+    "ensemble": "distill.teachers.ensemble:EnsembleTeacher",
+    "ema": "cvlm.training.ema:EmaTeacher",
+    "peer": "cvlm.training.peers:PeerTeacher",
 }
+
+KIND_OF = {"siglip2": "siglip"}
+"""Types of transformers models that another kind of teacher serves."""
 
 
 def load_teacher(kind_or_name: str | Path | Teacher, /, **settings: Any) -> Teacher:
@@ -60,9 +76,19 @@ def _model_type(name: str) -> str:
         from distill.teachers.transformers_common import read_config
 
         kind = str(read_config(name)[1].model_type)
+    kind = KIND_OF.get(kind, kind)
+    if kind not in TEACHERS and _reads_and_writes(kind):
+        return "generative"
     if kind not in TEACHERS:
         raise DistillError(f"{name} holds a model of type {kind!r}, which is no kind of teacher: {sorted(TEACHERS)}")
     return kind
+
+
+def _reads_and_writes(model_type: str) -> bool:
+    """Whether models of this type continue a picture and a text with text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def _ready(teacher: Any, settings: dict[str, Any]) -> Teacher:
@@ -85,7 +111,8 @@ def _protocol_members() -> set[str]:
 
 def _factory(kind: str) -> Callable[..., Any]:
     if kind not in TEACHERS:
-        near = difflib.get_close_matches(kind.lower(), TEACHERS, n=1, cutoff=0.5)
+        # A name with a slash is a model's, not a kind that was mistyped.
+        near = [] if "/" in kind else difflib.get_close_matches(kind.lower(), TEACHERS, n=1, cutoff=0.5)
         guess = f"did you mean {near[0]!r}?" if near else f"give a kind, and the model as name={kind!r}."
         raise DistillError(f"no teacher of kind {kind!r}; {guess} Kinds are {sorted(TEACHERS)}")
     module, _, attribute = TEACHERS[kind].partition(":")

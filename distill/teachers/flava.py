@@ -10,14 +10,15 @@ from torch.nn.functional import normalize
 
 from distill.errors import DistillError
 from distill.layout import ImageLayout
-from distill.signal import Request
-from distill.teachers.joint import LAYOUT_FIELDS, JointPass, JointTeacher
+from distill.signal import PROJECTIONS, Request
+from distill.teachers.joint import JointPass, recorded_projections
+from distill.teachers.pair import LAYOUT_FIELDS, PairTeacher
 from distill.teachers.transformers_common import height_width, load_config, load_parts, patch_grid
 
 EXAMPLE = "facebook/flava-full"
 
 
-class FlavaTeacher(JointTeacher):
+class FlavaTeacher(PairTeacher):
     """A white-box teacher from `transformers.FlavaModel` (Singh et al., CVPR 2022, arXiv:2112.04482).
 
     The joint sequence is `[multimodal CLS] [image CLS] patches text`, the first only if the configuration has it. The
@@ -25,9 +26,9 @@ class FlavaTeacher(JointTeacher):
     the multimodal encoder alike.
 
     What its signal holds: `text_to_image`, `image_to_text` and `hidden` (before the final normalisation) of the
-    multimodal layers; `pooled`, the normalised state at position 0 of the joint sequence, which FLAVA's classifiers
-    read; `similarity`, the contrastive scores of the two unimodal encoders times the temperature; `logits`, if a head
-    is given.
+    multimodal layers, `queries`, `keys` and `values` of their attention; `pooled`, the normalised state at position 0
+    of the joint sequence, which FLAVA's classifiers read; `similarity`, the contrastive scores of the two unimodal
+    encoders times the temperature; `logits`, if a head is given.
 
     Args:
         name: a hub name such as `facebook/flava-full`, or a folder with model, tokenizer and image processor.
@@ -50,7 +51,7 @@ class FlavaTeacher(JointTeacher):
             picture=height_width(image.image_size),
             head=classifier,
         )
-        fields = {"text_to_image", "image_to_text", "hidden", "pooled", "similarity"}
+        fields = {"text_to_image", "image_to_text", "hidden", *PROJECTIONS, "pooled", "similarity"}
         super().__init__(
             name=f"flava ({name})",
             parts=parts,
@@ -76,7 +77,8 @@ class FlavaTeacher(JointTeacher):
         found: dict[str, Any] = {}
         if "similarity" in request.fields:
             found["similarity"] = _similarity(model, image.last_hidden_state, text.last_hidden_state)
-        if request.fields - LAYOUT_FIELDS - {"similarity"} or request.attention_layers or request.hidden_layers:
+        layers = request.attention_layers | request.hidden_layers | request.projection_layers
+        if request.fields - LAYOUT_FIELDS - {"similarity"} or layers:
             # FLAVA feeds the joint encoder the unimodal states from before their final normalisation.
             found |= self._fuse(image.hidden_states[-1], text.hidden_states[-1], inputs["attention_mask"], request)
         return found
@@ -88,12 +90,13 @@ class FlavaTeacher(JointTeacher):
         # The encoder puts its CLS in front by itself, but expects a mask that counts it.
         offset = int(model.multimodal_model.use_cls_token)
         seen = torch.ones(text.shape[0], offset + image.shape[1], dtype=text_mask.dtype, device=text_mask.device)
-        output = model.multimodal_model(
-            joint,
-            attention_mask=torch.cat([seen, text_mask], dim=1),
-            output_attentions=bool(request.attention_layers),
-            output_hidden_states=bool(request.hidden_layers),
-        )
+        with recorded_projections(model.multimodal_model.encoder.layer, request) as projections:
+            output = model.multimodal_model(
+                joint,
+                attention_mask=torch.cat([seen, text_mask], dim=1),
+                output_attentions=bool(request.attention_layers),
+                output_hidden_states=bool(request.hidden_layers),
+            )
         start = offset + image.shape[1]
         found: dict[str, Any] = dict(
             JointPass(
@@ -102,6 +105,7 @@ class FlavaTeacher(JointTeacher):
                 keep=text_mask.bool(),
                 attentions=output.attentions,
                 states=output.hidden_states,
+                projections=projections,
             ).record(request)
         )
         pooled = output.last_hidden_state[:, 0].clone()

@@ -65,11 +65,16 @@ class Parts:
                 name: version(name) for name in ("torch", "torchvision", "transformers", "tokenizers", "pillow")
             },
         }
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-        for key, tensor in sorted(self.modules.state_dict().items()):
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return fingerprint_of(facts, self.modules)
+
+
+def fingerprint_of(facts: Mapping[str, Any], modules: nn.Module) -> str:
+    """Sha256 over everything that decides a signal: `facts`, and all weights."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for key, tensor in sorted(modules.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_config(name: str | Path, *, example: str = "facebook/flava-full") -> tuple[str, Any]:
@@ -77,7 +82,7 @@ def read_config(name: str | Path, *, example: str = "facebook/flava-full") -> tu
     from transformers import AutoConfig
 
     source = _source(name, example)
-    return source, _attempt(AutoConfig.from_pretrained, source, what="configuration")
+    return source, attempt(AutoConfig.from_pretrained, source, what="configuration")
 
 
 def load_config(name: str | Path, *, model_type: str, example: str) -> tuple[str, Any]:
@@ -120,32 +125,41 @@ def load_parts(
     """
     import transformers
 
+    model = load_model(source, getattr(transformers, architecture))
+    tokenizer = attempt(transformers.AutoTokenizer.from_pretrained, source, what="tokenizer")
+    _check_tokenizer(tokenizer, source, text_config)
+    return Parts(
+        modules=_frozen({"model": model} if head is None else {"model": model, "head": head}),
+        config=model.config,
+        tokenizer=tokenizer,
+        image_processor=attempt(transformers.AutoImageProcessor.from_pretrained, source, what="image processor"),
+        picture=picture,
+        max_text=min(tokenizer.model_max_length, text_config.max_position_embeddings),
+    )
+
+
+def load_model(source: str, architecture: Any, **settings: Any) -> Any:
+    """Load the weights of a model class, in evaluation mode and frozen; `settings` replace those for attention maps.
+
+    Raises:
+        DistillError: if they cannot be read, do not fit, or some are missing.
+    """
     # Eager attention is the only one that returns probabilities. Float32 whatever the file holds: same maps everywhere.
-    model, report = _attempt(
-        getattr(transformers, architecture).from_pretrained,
+    model, report = attempt(
+        architecture.from_pretrained,
         source,
         what="weights",
-        attn_implementation="eager",
-        dtype=torch.float32,
+        **{"attn_implementation": "eager", "dtype": torch.float32, **settings},
         output_loading_info=True,
     )
     # Unexpected weights are fine: checkpoints carry pretraining heads. A missing one would be left at random.
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise DistillError(
-            f"{source!r} lacks {len(missing)} weights of {architecture}: {', '.join(missing[:5])}"
+            f"{source!r} lacks {len(missing)} weights of {architecture.__name__}: {', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}; give a complete checkpoint"
         )
-    tokenizer = _attempt(transformers.AutoTokenizer.from_pretrained, source, what="tokenizer")
-    _check_tokenizer(tokenizer, source, text_config)
-    return Parts(
-        modules=_frozen({"model": model} if head is None else {"model": model, "head": head}),
-        config=model.config,
-        tokenizer=tokenizer,
-        image_processor=_attempt(transformers.AutoImageProcessor.from_pretrained, source, what="image processor"),
-        picture=picture,
-        max_text=min(tokenizer.model_max_length, text_config.max_position_embeddings),
-    )
+    return model.eval().requires_grad_(False)
 
 
 def patch_grid(image_size: Any, patch_size: Any, *, name: str) -> tuple[int, int]:
@@ -232,11 +246,12 @@ def _source(name: str | Path, example: str) -> str:
     return text
 
 
-def _attempt(load: Callable[..., Any], source: str, *, what: str, **settings: Any) -> Any:
+def attempt(load: Callable[..., Any], source: str, *, what: str, **settings: Any) -> Any:
+    """Load a part of a model, or say which part of which model is missing and how to get it."""
     try:
         return load(source, **settings)
     # RuntimeError: sizes differ. ValueError, KeyError, TypeError: transformers on files that it cannot make sense of.
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         repair = (
             "save the model, its tokenizer and its image processor into that folder with save_pretrained"

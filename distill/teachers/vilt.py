@@ -8,21 +8,23 @@ import torch
 from torch import Tensor
 
 from distill.layout import ImageLayout
-from distill.signal import Request
-from distill.teachers.joint import JointPass, JointTeacher
+from distill.signal import PROJECTIONS, Request
+from distill.teachers.joint import JointPass, recorded_projections
+from distill.teachers.pair import PairTeacher
 from distill.teachers.transformers_common import height_width, load_config, load_parts, patch_grid
 
 EXAMPLE = "dandelin/vilt-b32-finetuned-vqa"
 WITH_ANSWERS = "ViltForQuestionAnswering"
 
 
-class ViltTeacher(JointTeacher):
+class ViltTeacher(PairTeacher):
     """A white-box teacher from `transformers.ViltModel` (Kim et al., ICML 2021, arXiv:2102.03334).
 
     The joint sequence is `text [image CLS] patches`. What its signal holds: `text_to_image`, `image_to_text` and
-    `hidden` (before the final normalisation) of the joint layers; `pooled`, the pooler's output that ViLT's heads read;
-    `logits` and the attribute `answers`, if the checkpoint is a `ViltForQuestionAnswering`. Those logits were trained
-    with a sigmoid per answer (binary cross-entropy), so compare them answer by answer, not through a softmax.
+    `hidden` (before the final normalisation) of the joint layers, `queries`, `keys` and `values` of their attention;
+    `pooled`, the pooler's output that ViLT's heads read; `logits` and the attribute `answers`, if the checkpoint is a
+    `ViltForQuestionAnswering`. Those logits were trained with a sigmoid per answer (binary cross-entropy), so compare
+    them answer by answer, not through a softmax.
 
     Args:
         name: a hub name such as `dandelin/vilt-b32-finetuned-vqa`, or a folder with model, tokenizer and image
@@ -42,7 +44,7 @@ class ViltTeacher(JointTeacher):
             text_config=config,
             picture=height_width(config.image_size),
         )
-        fields = {"text_to_image", "image_to_text", "hidden", "pooled"}
+        fields = {"text_to_image", "image_to_text", "hidden", *PROJECTIONS, "pooled"}
         super().__init__(
             name=f"vilt ({name})",
             parts=parts,
@@ -57,16 +59,17 @@ class ViltTeacher(JointTeacher):
         model = self._parts.model
         base = model.vilt if self._answering else model
         image = ordered_patches(base.embeddings, inputs["pixel_values"])
-        output = base(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            token_type_ids=inputs.get("token_type_ids"),
-            image_embeds=image,
-            # With ready embeddings the model takes this mask token by token: every patch is real.
-            pixel_mask=torch.ones(image.shape[:2], dtype=torch.long, device=image.device),
-            output_attentions=bool(request.attention_layers),
-            output_hidden_states=bool(request.hidden_layers),
-        )
+        with recorded_projections(base.encoder.layer, request) as projections:
+            output = base(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                token_type_ids=inputs.get("token_type_ids"),
+                image_embeds=image,
+                # With ready embeddings the model takes this mask token by token: every patch is real.
+                pixel_mask=torch.ones(image.shape[:2], dtype=torch.long, device=image.device),
+                output_attentions=bool(request.attention_layers),
+                output_hidden_states=bool(request.hidden_layers),
+            )
         n_text = inputs["input_ids"].shape[1]
         found: dict[str, Any] = dict(
             JointPass(
@@ -75,6 +78,7 @@ class ViltTeacher(JointTeacher):
                 keep=inputs["attention_mask"].bool(),
                 attentions=output.attentions,
                 states=output.hidden_states,
+                projections=projections,
             ).record(request)
         )
         if "pooled" in request.fields:

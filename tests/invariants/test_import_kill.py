@@ -60,7 +60,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_imports_end_in_the_same_bytes(tmp_path, kills):
     src = write_vqav2(tmp_path / "src", pictures=400)
     finish(src, tmp_path / "whole")

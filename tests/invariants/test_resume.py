@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file
+
+from cvlm.config import load_recipe
 
 TOWERS = {
     "vision": {"name": "package:efficientnet_lite0", "image_size": 32, "layer": 3},
@@ -54,19 +57,20 @@ def results(out: Path) -> dict:
     return json.loads((out / "metrics.json").read_text())
 
 
-def same_weights(left: Path, right: Path) -> None:
+def same_weights(left: Path, right: Path, number: int) -> None:
     names = sorted(path.relative_to(left) for path in left.rglob("model.safetensors"))
     assert names == sorted(path.relative_to(right) for path in right.rglob("model.safetensors"))
-    assert len(names) == 1 + 2 * (2 + 1), "the teacher, and two arms of two seeds and a copy each"
+    assert len(names) == number
     for name in names:
         ours, theirs = load_file(left / name), load_file(right / name)
         for key in ours:
             np.testing.assert_array_equal(ours[key], theirs[key], err_msg=f"{name} {key}")
 
 
-def kill_and_compare(tmp_path: Path, kills: int, seed: int) -> None:
+def kill_and_compare(tmp_path: Path, kills: int, seed: int, **changes: object) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    content = {**RECIPE, **changes}
+    recipe.write_text(yaml.safe_dump(content, sort_keys=False))
     begun = time.monotonic()
     finish(recipe, tmp_path / "whole")
     length = time.monotonic() - begun
@@ -84,10 +88,11 @@ def kill_and_compare(tmp_path: Path, kills: int, seed: int) -> None:
     assert cut, "nothing was killed"
     finish(recipe, tmp_path / "cut")
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
-    same_weights(tmp_path / "whole", tmp_path / "cut")
+    arms = load_recipe(recipe).student_arms
+    same_weights(tmp_path / "whole", tmp_path / "cut", 1 + len(arms) * (len(content["seeds"]) + 1))
     jobs = [json.loads((tmp_path / run / "cost.json").read_text())["phases"] for run in ("whole", "cut")]
     assert jobs[0].keys() == jobs[1].keys()
-    for phase in ("teacher", "finetune", "distill"):
+    for phase in ("teacher", *arms):
         assert jobs[0][phase]["flops"] == jobs[1][phase]["flops"], "resumed work is counted once"
 
 
@@ -95,6 +100,65 @@ def test_killed_twice(tmp_path):
     kill_and_compare(tmp_path, kills=2, seed=0)
 
 
+def test_a_chain_is_killed(tmp_path):
+    phases = {name: {**phase, "epochs": 2} for name, phase in RECIPE["phases"].items()}
+    data = {"kind": "easy_vqa", "limit": 200, "labelled": 0.5}
+    chain = {"phase": "distill", "rounds": 2}
+    kill_and_compare(tmp_path, kills=1, seed=2, data=data, seeds=[0], phases=phases, chain=chain)
+
+
 @pytest.mark.slow
 def test_killed_many_times(tmp_path):
     kill_and_compare(tmp_path, kills=20, seed=1)
+
+
+def start_phase(recipe: Path, out: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "cvlm.cli.main", "train", str(recipe), "--phase", "finetune", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, "--quiet"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def events(out: Path) -> int:
+    """One file per attempt, opened when its first step is about to be made."""
+    return len(list(out.glob("finetune/seed0/tensorboard/*")))
+
+
+def kill_in_training(process: subprocess.Popen, out: Path, pause: float) -> bool:
+    """Wait for training to begin and a moment longer, then kill; returns whether it was still running."""
+    before = events(out)
+    while events(out) == before and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(pause)
+    running = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return running
+
+
+@pytest.mark.slow
+def test_a_training_phase_killed_twenty_times_ends_in_the_same_bytes(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    finetune = {"epochs": 20, "batch_size": 16, "objectives": ["labels"]}
+    recipe.write_text(yaml.safe_dump({**RECIPE, "teacher": None, "phases": {"finetune": finetune}}, sort_keys=False))
+
+    def finish_phase(out: Path) -> None:
+        process = start_phase(recipe, out)
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+
+    finish_phase(tmp_path / "whole")
+    (begun,) = (tmp_path / "whole").glob("finetune/seed0/tensorboard/*")
+    weights = Path("finetune", "seed0", "model.safetensors")
+    length = (tmp_path / "whole" / weights).stat().st_mtime - float(begun.name.split(".")[3])
+    dice, out = random.Random(2), tmp_path / "cut"
+    kills, resumed = 0, 0
+    while kills < 20:
+        kills += kill_in_training(start_phase(recipe, out), out, dice.uniform(0, 0.5) * max(length, 1))
+        resumed += bool(list(out.glob("finetune/seed0/checkpoint-*/complete.json")))
+        if (out / weights).exists() and kills < 20:
+            shutil.rmtree(out)
+    assert resumed > 3, "no attempt had a checkpoint to go on from"
+    finish_phase(out)
+    assert (out / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    logs = [(run / "finetune" / "seed0" / "log.json").read_bytes() for run in (tmp_path / "whole", out)]
+    assert logs[0] == logs[1]

@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
-from cvlm.config import CvlmTeacherSpec, EasyVqaData, ObjectiveSpec, Recipe, load_recipe, parse_recipe
+from cvlm.config import CvlmTeacherSpec, EasyVqaData, ObjectiveSpec, Recipe, Task, load_recipe, parse_recipe
 from cvlm.errors import CvlmError, nearest, unknown_name
+from cvlm.tasks import TASKS
+
+TASK_NAMES = get_args(Task)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -81,7 +84,7 @@ class TestEveryProblemAtOnce:
         assert len(lines) == 6
         for number, pattern in enumerate(
             (
-                "task: Input should be 'vqa' or 'retrieval' (got 'vqaa')",
+                f"task: Input should be {', '.join(map(repr, TASK_NAMES[:-1]))} or {TASK_NAMES[-1]!r} (got 'vqaa')",
                 "student.vision.train: train is 'first_2'; use frozen, full, or last_N such as last_2",
                 "phases.finetune.epochs: Input should be greater than 0 (got 0)",
                 "phases.finetune.batch_size: Input should be greater than or equal to 2 (got 1)",
@@ -284,3 +287,7 @@ def test_nearest_names() -> None:
     assert nearest("zzz", ["labels", "logits"]) == ""
     error = unknown_name("objective", "logit", ["logits", "labels"])
     assert str(error) == "unknown objective 'logit' (did you mean 'logits'?). Known: labels, logits."
+
+
+def test_recipes_know_every_task() -> None:
+    assert set(TASK_NAMES) == set(TASKS)

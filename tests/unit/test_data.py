@@ -243,7 +243,7 @@ class TestOpenMoji:
         assert again.train.fingerprint == emojis.train.limit(20).fingerprint
 
     def test_it_is_no_vqa_data(self) -> None:
-        with pytest.raises(CvlmError, match=r"'openmoji' is made for task 'retrieval', the recipe says 'vqa'"):
+        with pytest.raises(CvlmError, match=r"'openmoji' is made for task retrieval, itm.*; the recipe says 'vqa'"):
             load_data(OpenMojiData(kind="openmoji"), "vqa")
 
 

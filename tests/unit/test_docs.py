@@ -166,7 +166,7 @@ def test_every_objective_is_documented_with_its_settings() -> None:
         assert shown == {key: p.default for key, p in parameters.items() if key not in ("self", "weight")}, name
         if name != "labels":
             assert row[1:3] == [
-                ", ".join(sorted(side)) for side in (objective().student_needs, objective().teacher_needs)
+                ", ".join(sorted(side)) or "nothing" for side in (objective().student_needs, objective().teacher_needs)
             ]
 
 

@@ -103,6 +103,34 @@ def test_rows_sum_to_one_and_padded_keys_get_exactly_zero(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_projections_are_those_that_the_layer_attends_with(kind):
+    fusion = build(kind)
+    block = fusion.blocks[2]
+    attention = block.attention if kind == "merged" else block.text.self_attention
+    used = []
+    for linear in (attention.query, attention.key, attention.value):
+        linear.register_forward_hook(lambda module, args, output: used.append(output[:, :N_TEXT]))
+    plain = run(fusion)
+    in_forward = used.copy()
+    out = run(fusion, projection_layers={2})
+    assert set(out.projections) == {2}
+    assert plain.projections == {}
+    torch.testing.assert_close(out.projections[2], tuple(in_forward))
+    assert torch.equal(out.text, plain.text)
+
+
+def test_a_block_of_your_own_need_not_project():
+    class Own(CoAttentionBlock):
+        project_text = property()  # hides the method, as in a class that never had it
+
+    fusion = build(Own)
+    assert not fusion.projects
+    assert not build("none").projects
+    with pytest.raises(ValueError, match="lacks the method project_text"):
+        run(fusion, projection_layers=[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layers", [(), range(DEPTH)])
 def test_what_stands_in_padding_changes_nothing(kind, layers):
     fusion, (text, image) = build(kind), tokens()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -15,12 +16,12 @@ from benchmarks.metrics import vqa_accuracy
 from benchmarks.tasks import answer_accuracy, majority
 from cvlm.cli.main import main
 from cvlm.config import ShardsData
-from cvlm.data import UNLABELLED, SoftLabels, load_data
+from cvlm.data import UNLABELLED, SoftLabels, load_data, shard_jobs
 from cvlm.data.answers import build_vocabulary, coverage, default_min_count, soft_scores
 from cvlm.data.importers import DESCRIPTIONS, FORMATS, ImportOptions, read_source
 from cvlm.data.importing import ImportSettings, import_data
 from cvlm.data.shard_index import read_folder_index
-from cvlm.data.shards import ShardReader
+from cvlm.data.shards import ShardReader, Written
 from cvlm.errors import CvlmError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -106,7 +107,7 @@ def test_questions_without_annotations_are_a_split_without_labels(tmp_path):
         path.rename(path.with_name(path.name.replace("val2014", "test2015")))
     import_data("vqav2", src, tmp_path / "out", settings())
     assert all("answers" not in text for record in records(tmp_path / "out", "test") for text in record["texts"])
-    with pytest.raises(CvlmError, match="12 of 12 questions of the split 'test'"):
+    with pytest.raises(CvlmError, match="12 of 12 texts of the split 'test'"):
         load_data(ShardsData(kind="shards", path=tmp_path / "out", evaluate="test"), "vqa")
 
 
@@ -256,6 +257,45 @@ def test_broken_pictures_are_counted_named_and_limited(tmp_path):
     assert "cannot decode" in index.skipped[0].reason
     assert len(ShardReader(tmp_path / "out2", "train")) == 5
     assert index.coverage["train"].questions == 10
+
+
+def test_an_import_does_not_go_on_with_other_pictures(tmp_path, monkeypatch):
+    src, out = write_vqav2(tmp_path / "src"), tmp_path / "out"
+    stopped = shard_jobs.write_shard
+
+    def stop_at_the_second(job: shard_jobs.ShardJob) -> Written:
+        if job.name != "train-000000.tar":
+            raise KeyboardInterrupt
+        return stopped(job)
+
+    monkeypatch.setattr(shard_jobs, "write_shard", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        import_data("vqav2", src, out, settings())
+    monkeypatch.setattr(shard_jobs, "write_shard", stopped)
+    picture = src / "val2014" / f"COCO_val2014_{501:012d}.jpg"
+    was, facts = picture.read_bytes(), picture.stat()
+    picture.write_bytes(was + b"\0")
+    with pytest.raises(CvlmError, match="its pictures were changed since"):
+        import_data("vqav2", src, out, settings())
+    picture.write_bytes(was)
+    os.utime(picture, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    index = import_data("vqav2", src, out, settings())
+    os.utime(picture, ns=(0, 0))
+    assert import_data("vqav2", src, tmp_path / "out2", settings()) == index, "times are no part of the result"
+
+
+def test_every_picture_can_be_decoded_at_import(tmp_path):
+    src = write_vqav2(tmp_path / "src")
+    picture = src / "train2014" / f"COCO_train2014_{2:012d}.jpg"
+    data = bytearray(picture.read_bytes())
+    scan = data.index(b"\xff\xda")
+    first = scan + 2 + int.from_bytes(data[scan + 2 : scan + 4])
+    picture.write_bytes(data[:first] + b"\xff\xc0" + data[first:])
+    for check in ("structure", "decode"):
+        with pytest.raises(CvlmError, match="1 of 12 pictures are damaged"):
+            import_data("vqav2", src, tmp_path / check, settings(check=check))
+    with pytest.raises(CvlmError, match="with other options"):
+        import_data("vqav2", src, tmp_path / "decode", settings())
 
 
 def test_settings_out_of_range_are_refused():

@@ -1,13 +1,24 @@
 """The smaller formats: each in its official layout, loaded back, and damaged."""
 
 import random
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from data_files import write_csv, write_gqa, write_lines, write_nlvr2, write_picture, write_snli_ve, write_vqav2
+from data_files import (
+    write_csv,
+    write_gqa,
+    write_karpathy,
+    write_lines,
+    write_nlvr2,
+    write_picture,
+    write_snli_ve,
+    write_vqav2,
+)
+from PIL import Image
 
 from benchmarks.tasks import answer_accuracy
 from cvlm.cli.main import main
@@ -48,11 +59,15 @@ def test_gqa_compares_exactly_and_scores_on_testdev(tmp_path):
 def test_nlvr2_puts_two_pictures_side_by_side(tmp_path):
     index, splits = imported("nlvr2", write_nlvr2(tmp_path / "src"), tmp_path / "out")
     assert index.answers == ("true", "false")
-    assert (len(splits.train), len(splits.train.pictures), splits.test.split) == (6, 3, "test")
-    assert splits.train.pictures[0].load().size == (40, 16)
-    assert splits.train.ids[:2] == ("train-10-0-0", "train-10-0-1")
-    assert splits.train.types[:2] == ("train-10-0", "train-10-0"), "sentences of one pair, for consistency"
-    assert splits.train.labels[np.arange(2)].tolist() == [[1, 0], [0, 1]]
+    train = splits.train
+    assert (len(train), len(train.pictures), splits.test.split) == (6, 6, "test")
+    assert train.image_of.tolist() == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5]]
+    for side in (0, 1):
+        file = tmp_path / "src" / "images" / "train" / "1" / f"train-11-0-img{side}.png"
+        assert np.array_equal(np.asarray(train.pictures[2 + side].load()), np.asarray(Image.open(file)))
+    assert train.ids[:2] == ("train-10-0-0", "train-10-0-1")
+    assert train.labels[:2].tolist() == [0, 1]
+    assert (len(set(train.texts)), len(train.texts)) == (2, 6), "one wording in three sets is three statements"
 
 
 def test_snli_ve_has_three_answers(tmp_path):
@@ -60,7 +75,7 @@ def test_snli_ve_has_three_answers(tmp_path):
     assert index.answers == ("entailment", "neutral", "contradiction")
     assert (len(splits.train), len(splits.train.pictures)) == (12, 4)
     assert splits.train.texts == ("It is entailment.", "It is neutral.", "It is contradiction.")
-    assert np.array_equal(splits.train.labels[np.arange(3)], np.eye(3))
+    assert splits.train.labels.tolist() == [0, 1, 2] * 4
 
 
 def test_csv_with_a_split_column(tmp_path):
@@ -111,11 +126,7 @@ def test_a_table_without_splits_is_split_by_picture(tmp_path):
 
 
 def test_a_folder_of_pictures_with_captions(tmp_path):
-    for split in ("train", "test"):
-        for number in range(3):
-            path = write_picture(tmp_path / "src" / split / f"{number}.jpg", number)
-            path.with_suffix(".txt").write_text(f"{split} {number}\n\nanother of it\n")
-    _, splits = imported("folder", tmp_path / "src", tmp_path / "out")
+    _, splits = imported("folder", write_folder(tmp_path / "src"), tmp_path / "out")
     assert (len(splits.train), splits.test.texts[:2]) == (6, ("test 0", "another of it"))
     (tmp_path / "src" / "train" / "0.txt").unlink()
     with pytest.raises(CvlmError, match=r"1 of 6 rows are damaged, 0 may be(?s:.*)cannot read"):
@@ -130,23 +141,52 @@ def test_package_data_imports(tmp_path):
     assert (len(splits.train), len(splits.test), len(index.answers)) == (38_575, 9_673, 13)
 
 
-MAKERS = {"gqa": write_gqa, "nlvr2": write_nlvr2, "snli_ve": write_snli_ve, "csv": write_csv}
+def write_folder(folder: Path) -> Path:
+    for split in ("train", "test"):
+        for number in range(3):
+            path = write_picture(folder / split / f"{number}.jpg", number)
+            path.with_suffix(".txt").write_text(f"{split} {number}\n\nanother of it\n")
+    return folder
+
+
+def write_jsonl(folder: Path) -> Path:
+    for split in ("train", "test"):
+        write_picture(folder / "images" / f"{split}.png", 1)
+        rows = [{"image": f"{split}.png", "question": f"q{n}?", "answers": ["x"] * 3 + ["y"] * n} for n in range(4)]
+        write_lines(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "gqa": write_gqa,
+    "nlvr2": write_nlvr2,
+    "snli_ve": write_snli_ve,
+    "csv": write_csv,
+    "folder": write_folder,
+    "jsonl": write_jsonl,
+    "karpathy": write_karpathy,
+}
 
 
 @pytest.mark.parametrize("data_format", MAKERS)
 def test_damaged_bytes_are_refused_or_skipped(tmp_path, data_format):
+    """Tables and pictures alike; what was imported decodes, or says that it does not."""
     src = MAKERS[data_format](tmp_path / "src")
-    tables = sorted(path for path in src.rglob("*") if path.suffix in (".json", ".jsonl", ".csv"))
-    for seed in range(30):
+    files = sorted(path for path in src.rglob("*") if path.is_file())
+    tables = [path for path in files if path.suffix in (".json", ".jsonl", ".csv", ".txt")]
+    for seed in range(40):
         dice = random.Random(seed)
-        path = dice.choice(tables)
+        path = dice.choice(tables if seed % 4 else files)
         good = path.read_bytes()
         data = bytearray(good)
         for _ in range(dice.choice([1, 3, 30])):
             data[dice.randrange(len(data))] = dice.choice([*b'"\\{}[]:,\n\0', dice.randrange(256)])
         path.write_bytes(data if dice.random() < 0.7 else data[: dice.randrange(len(data))])
         with suppress(CvlmError):
-            imported(data_format, src, tmp_path / f"out{seed}", skip=0.5)
+            _, splits = imported(data_format, src, tmp_path / f"out{seed}", skip=0.5)
+            for picture in (*splits.train.pictures, *splits.test.pictures):
+                with suppress(CvlmError):
+                    picture.load()
         path.write_bytes(good)
 
 

@@ -39,7 +39,7 @@ def prepared(model: Any, batch: tuple[list[Any], list[str], Tensor]) -> tuple[An
 
 def everything(model: CVLM) -> Request:
     layers = frozenset(range(model.fusion.depth))
-    return Request(fields=model.fields, attention_layers=layers, hidden_layers=layers)
+    return Request(fields=model.fields, attention_layers=layers, hidden_layers=layers, projection_layers=layers)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -100,9 +100,17 @@ def test_only_requested_layers_are_recorded(tiny_spec: Make, batch: Any, kind: s
     inputs = prepared(model, batch)
     plain = model(*inputs)
     assert plain.fields == {"logits", "text_layout", "image_layout"}
-    one = model(*inputs, request=Request(attention_layers=frozenset({1}), hidden_layers=frozenset({2})))
+    request = Request(
+        fields=frozenset({"logits", "values"}),
+        attention_layers=frozenset({1}),
+        hidden_layers=frozenset({2}),
+        projection_layers=frozenset({0}),
+    )
+    one = model(*inputs, request=request)
     assert set(one.text_to_image) == {1}
     assert set(one.hidden) == {2}
+    assert set(one.values) == {0}
+    assert one.queries is one.keys is None
     assert (one.image_to_text is not None) == (kind != "cross")
     assert one.pooled is None
     torch.testing.assert_close(one.logits, plain.logits, atol=1e-5, rtol=1e-5)

@@ -118,7 +118,7 @@ def pick(signal: Signal, rows: slice) -> Signal:
 def test_zero_at_the_teacher_and_nowhere_else(kind, settings):
     same, other = teacher(), teacher(seed=300)
     objective = ready(kind, settings, same, same)
-    for regressor in getattr(objective, "regressors", []):
+    for regressor in getattr(objective, "adapters", []):
         torch.nn.init.eye_(regressor.weight)
         torch.nn.init.zeros_(regressor.bias)
     loss, count = objective(same, same)
@@ -530,7 +530,7 @@ def test_cross_attention_without_layouts_needs_equal_token_counts():
 
 def test_hidden_compares_words_through_its_regressor():
     objective = ready("hidden", {})
-    (regressor,) = objective.regressors
+    (regressor,) = objective.adapters
     assert (regressor.in_features, regressor.out_features) == (D_S, D_T)
     loss, count = objective(student(), teacher())
     s, t = student().hidden[1], teacher().hidden[2]
@@ -553,7 +553,7 @@ def test_hidden_compares_words_through_its_regressor():
 def test_hidden_on_the_pooled_vector():
     objective = ready("hidden", {"states": "pooled"})
     loss, count = objective(student(), teacher())
-    (regressor,) = objective.regressors
+    (regressor,) = objective.adapters
     expected = (regressor(student().pooled) - teacher().pooled).square().mean(-1).sum()
     torch.testing.assert_close(loss, expected)
     assert count == B
@@ -562,10 +562,10 @@ def test_hidden_on_the_pooled_vector():
 
 def test_regressors_are_made_once_and_train():
     objective = ready("hidden", {"layers": [[0, 0], [1, 2]]})
-    assert [tuple(regressor.weight.shape) for regressor in objective.regressors] == [(D_T, D_S)] * 2
-    before = [regressor.weight for regressor in objective.regressors]
+    assert [tuple(regressor.weight.shape) for regressor in objective.adapters] == [(D_T, D_S)] * 2
+    before = [regressor.weight for regressor in objective.adapters]
     objective.prepare(student(), teacher())
-    assert all(a is b.weight for a, b in zip(before, objective.regressors, strict=True))
+    assert all(a is b.weight for a, b in zip(before, objective.adapters, strict=True))
     objective(student(), teacher())[0].backward()
     assert all(weight.grad.abs().sum() > 0 for weight in before)
 
@@ -657,10 +657,10 @@ def test_layers_that_do_not_exist_are_refused_before_the_first_step(layers):
         ("cross_attention", {"layers": "all"}, "layers is 'all'; use last, uniform, or pairs"),
         ("cross_attention", {"layers": [[1]]}, r"layers is \[\[1\]\]; use last"),
         ("cross_attention", {"layers": []}, r"layers is \[\]; use last"),
-        ("cross_attention", {"heads": "max"}, "heads is 'max'; use mean"),
+        ("cross_attention", {"heads": "max"}, "heads is 'max'; use one of mean, best, learned"),
         ("cross_attention", {"directions": "sideways"}, "directions is 'sideways'; use text_to_image or image_to_text"),
         ("cross_attention", {"directions": []}, r"directions is \[\]; use text_to_image or image_to_text"),
-        ("hidden", {"states": "logits"}, "states is 'logits'; use hidden or pooled"),
+        ("hidden", {"states": "logits"}, "states is 'logits'; use one of hidden, cls, pooled, image_embedding, text_embedding"),
     ],
 )
 def test_bad_settings_are_refused(kind, settings, message):
@@ -675,7 +675,7 @@ def test_building():
         assert (built.kind, built.weight) == (kind, 0.25)
         assert built.source
         assert build_objective(built) is built
-        assert (kind == "labels") == (not built.teacher_needs)
+        assert (kind in ("labels", "focal", "entropy")) == (not built.teacher_needs)
 
 
 def test_requirements_are_checked_before_the_first_step():

@@ -14,7 +14,7 @@ import webdataset
 from PIL import Image
 
 from cvlm.data.pixels import MAX_PIXELS, Resize, check, decode, perceptual_hash, safe_name, shrink
-from cvlm.data.shard_index import FolderIndex, ShardEntry, index_name, read_folder_index, write_folder_index
+from cvlm.data.shard_index import FolderIndex, read_folder_index, write_folder_index
 from cvlm.data.shards import ShardReader, ShardWriter, make_key
 from cvlm.errors import CvlmError
 
@@ -36,15 +36,7 @@ def write(folder: Path, samples: int = 5, name: str = "train-000000.tar") -> Pat
     with ShardWriter(folder, name) as writer:
         for number in range(samples):
             writer.add(f"k{number}", [("png", picture(number))], record(number))
-    index = writer.index
-    entry = ShardEntry(
-        name=name,
-        samples=samples,
-        texts=samples,
-        bytes=index.bytes,
-        sha256=index.sha256,
-        index_sha256=sha256((folder / index_name(name)).read_bytes()).hexdigest(),
-    )
+    entry = writer.written.entry
     write_folder_index(
         folder,
         FolderIndex(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.speed import recall, vqa
+from benchmarks.speed import import_shards, reading, recall, vqa
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.timing import peak_growth, time_pair
 
@@ -45,11 +45,19 @@ def test_recall_writes_its_file(
     assert capsys.readouterr().out.startswith("recall: ")
 
 
+def test_import(tmp_path: Path) -> None:
+    measured = import_shards.compare(pictures=60, repeats=1)
+    assert measured["size"]["pictures"] == 60
+    assert 40_000 < measured["size"]["bytes"] / 60 < 120_000, "as large as photos are"
+    files = sorted((import_shards.make_source(tmp_path / "source", 60) / "images").iterdir())
+    assert len({path.read_bytes() for path in files}) == 60, "no two files are equal"
+
+
 def test_unknown_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["speed", "import"])
+    monkeypatch.setattr(sys, "argv", ["speed", "imports"])
     with pytest.raises(SystemExit):
         main()
-    assert "unknown work import; there is vqa, recall" in capsys.readouterr().err
+    assert "unknown work imports; there is vqa, recall" in capsys.readouterr().err
 
 
 def test_a_difference_between_the_ways_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +67,12 @@ def test_a_difference_between_the_ways_is_an_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(recall, "reference_recall", lambda *data: {"text_to_image_recall@1": 2.0})
     with pytest.raises(AssertionError, match="the two ways disagree in text_to_image_recall@1"):
         recall.compare(images=20, repeats=1)
+
+
+def test_a_picture_that_is_lost_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_shards, "plain_loop", lambda source, out: out.mkdir())
+    with pytest.raises(AssertionError, match="the two ways disagree"):
+        import_shards.compare(pictures=2, repeats=1)
 
 
 def test_time_pair_prepares_outside_the_clock() -> None:
@@ -77,3 +91,10 @@ def test_time_pair_prepares_outside_the_clock() -> None:
 def test_peak_growth_sees_memory_that_is_freed_again() -> None:
     grown = peak_growth(lambda: np.ones(50_000_000 // 8).sum())
     assert grown > 45_000_000
+
+
+def test_reading() -> None:
+    measured = reading.compare(samples=40, repeats=1)
+    assert measured["size"]["samples"] == 40
+    assert measured["without_decoding"]["seconds"]["ours"][0] < measured["seconds"]["ours"][0]
+    assert {"date", "machine", "versions", "beside", "equal"} <= set(measured)

@@ -1,6 +1,7 @@
 """Stored targets: what comes back, kills at every moment, refusals, and the same loss as from the live teacher."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ import torch
 from distill.errors import DistillError
 from distill.layout import ImageLayout, TextLayout
 from distill.objectives import build_objective
-from distill.signal import Signal
+from distill.signal import Request, Signal
 from distill.store import ArrayStore
-from distill.targets import TargetStore
+from distill.targets import TargetStore, storable
 
 PAIRS, ROOM, HEADS, ANSWERS, WIDTH = 11, 22, 3, 19, 32
 IMAGE = ImageLayout(grid=(4, 5), special=1)
@@ -120,6 +121,28 @@ def test_a_pair_says_the_same_in_whatever_company(tmp_path):
         for layer in (0, 2):
             assert torch.equal(found.image_to_text[layer], whole.image_to_text[layer][rows][..., :n])
             assert torch.equal(found.text_to_image[layer], whole.text_to_image[layer][rows][:, :, :n])
+
+
+def test_projections_and_top_answers_come_back(tmp_path):
+    rows = list(range(PAIRS))
+    whole = signal(rows)
+    values = {1: torch.randn(PAIRS, whole.text_layout.spans.shape[1], WIDTH)}
+    top = (torch.randn(PAIRS, 4).log_softmax(-1), torch.randint(ANSWERS, (PAIRS, 4)))
+    store = open_store(tmp_path)
+    store.write(0, replace(whole, values=values, top_logits=top))
+    store.finish()
+    found = open_store(tmp_path).take(np.array([5, 1]))
+    words = whole.text_layout.words[[5, 1], : found.text_layout.spans.shape[1]]
+    assert torch.equal(found.values[1][words], values[1][[5, 1], : words.shape[1]][words])
+    assert torch.equal(found.top_logits[0], top[0][[5, 1]])
+    assert torch.equal(found.top_logits[1], top[1][[5, 1]])
+    assert found.queries is None
+
+
+def test_what_can_be_stored():
+    assert storable(Request(fields=frozenset({"logits", "text_to_image", "values"})))
+    assert not storable(Request(fields=frozenset({"logits", "similarity"})))
+    assert not storable(Request(fields=frozenset({"text_to_image"}), per_head=True))
 
 
 def test_only_what_was_given_is_stored(tmp_path):

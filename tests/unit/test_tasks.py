@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks.compare import compared_arms, metrics_json
-from benchmarks.tasks import PRIMARY, RECALL_AT, Scores, majority, score
+from benchmarks.tasks import PRIMARY, Scores, majority, score
 from cvlm.data import UNLABELLED, Examples, PictureFile
-from cvlm.training import Prediction
+from cvlm.training import Prediction, Retrieved
 
 
 def examples(*, texts: tuple[str, ...], image_of: Any, text_of: Any, labels: Any = None, pictures: int = 3) -> Examples:
@@ -57,62 +57,13 @@ SIMILARITY = torch.tensor([[0.1, 0.9, 0.2, 0.3], [0.8, 0.2, 0.3, 0.4], [0.5, 0.1
 CAPTIONS = {"texts": ("p", "q", "r", "s"), "image_of": [0, 0, 1, 2], "text_of": [0, 1, 2, 3]}
 
 
-def embeddings(similarity: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Vectors whose inner products are a given matrix."""
-    return {"images": similarity, "texts": torch.eye(similarity.shape[1])}
-
-
-def test_retrieval_by_hand() -> None:
-    scores = score("retrieval", examples(**CAPTIONS), Prediction(**embeddings(SIMILARITY)))
-    assert set(scores.values) == {f"{way}_recall@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
-    # Text 0 finds picture 0 last, text 1 first, text 2 second, text 3 first.
-    assert scores.values["text_to_image_recall@1"].tolist() == [0, 1, 0, 1]
-    # Picture 0 finds text 1 first; picture 1 finds text 2 third; picture 2 finds text 3 first.
-    assert scores.values["image_to_text_recall@1"].tolist() == [1, 0, 1]
-    assert scores.values["text_to_image_recall@5"].tolist() == [1, 1, 1, 1]
-    assert scores.clusters["text_to_image_recall@1"].tolist() == [0, 0, 1, 2]
-    assert scores.clusters["image_to_text_recall@10"].tolist() == [0, 1, 2]
-
-
-def test_five_is_not_one() -> None:
-    n = 12
-    similarity = torch.eye(n)
-    similarity[0, 0] = -1  # eleven others stand above
-    similarity[1, 1:8] = torch.linspace(0.3, 0.9, 7)  # six texts stand above
-    data = examples(texts=tuple(map(str, range(n))), image_of=range(n), text_of=range(n), pictures=n)
-    values = score("retrieval", data, Prediction(**embeddings(similarity))).values
-    assert [values[f"image_to_text_recall@{k}"][:2].tolist() for k in RECALL_AT] == [[0, 0], [0, 0], [0, 1]]
-
-
-def test_reranked_pairs_stand_above_all_others() -> None:
-    none = -torch.inf
-    rerank = torch.tensor([[none, -7.0, none, none], [-3.0, none, -2.0, none], [none, none, -5.0, none]])
-    prediction = Prediction(**embeddings(SIMILARITY), rerank=rerank)
-    values = score("retrieval", examples(**CAPTIONS), prediction).values
-    # Text 0: only picture 1 was re-ranked, so it leads and picture 0 comes last by similarity. Text 1: picture 0 was
-    # re-ranked. Text 2: picture 1 (-2) before picture 2 (-5). Text 3: nothing re-ranked, similarity decides.
-    assert values["text_to_image_recall@1"].tolist() == [0, 1, 1, 1]
-    # Picture 2: text 2 was re-ranked and leads, although its own text 3 is more similar.
-    assert values["image_to_text_recall@1"].tolist() == [1, 1, 0]
-
-
-def test_close_and_extreme_match_scores_keep_their_order() -> None:
-    rerank = torch.full((3, 4), -torch.inf)
-    rerank[0, 2], rerank[0, 1] = -3e3, -2.9e3
-    rerank[1, 0], rerank[1, 2] = 5.0001, 5.0002  # closer than single precision tells apart at 20,000
-    rerank[2, 0], rerank[2, 3] = 1e3, 1e3 + 0.001
-    values = score("retrieval", examples(**CAPTIONS), Prediction(**embeddings(SIMILARITY), rerank=rerank)).values
-    assert values["image_to_text_recall@1"].tolist() == [1, 1, 1]
-
-
-def test_a_broken_match_score_is_no_hit() -> None:
-    rerank = torch.full((3, 4), torch.nan)
-    with pytest.raises(ValueError, match="NaN"):
-        score("retrieval", examples(**CAPTIONS), Prediction(**embeddings(SIMILARITY), rerank=rerank))
+def retrieved(similarity: torch.Tensor) -> Prediction:
+    """Embeddings whose inner products are a given matrix."""
+    return Prediction(retrieved=Retrieved(images=similarity, texts=torch.eye(similarity.shape[1])))
 
 
 def test_scores_survive_the_disk(tmp_path: Path) -> None:
-    scores = score("retrieval", examples(**CAPTIONS), Prediction(**embeddings(SIMILARITY)))
+    scores = score("retrieval", examples(**CAPTIONS), retrieved(SIMILARITY))
     scores.save(tmp_path / "scores.npz")
     again = Scores.load(tmp_path / "scores.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["scores.npz"]
@@ -169,8 +120,8 @@ class TestMetricsJson:
 
     def test_retrieval_is_judged_by_one_metric_and_shows_all(self) -> None:
         data = examples(**CAPTIONS)
-        good = score("retrieval", data, Prediction(**embeddings(SIMILARITY)))
-        bad = score("retrieval", data, Prediction(**embeddings(-SIMILARITY)))
+        good = score("retrieval", data, retrieved(SIMILARITY))
+        bad = score("retrieval", data, retrieved(-SIMILARITY))
         metrics = metrics_json("retrieval", "test", {"finetune": [bad], "distill": [good]}, [("distill", "finetune")])
         assert metrics["metric"] == PRIMARY["retrieval"]
         assert metrics["n"] == 4

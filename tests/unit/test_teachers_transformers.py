@@ -28,7 +28,7 @@ from torch import Tensor
 
 from distill.errors import DistillError
 from distill.layout import ImageLayout
-from distill.signal import Request
+from distill.signal import PROJECTIONS, Request
 from distill.teachers import TEACHERS, load_teacher
 from distill.teachers.base import Teacher
 from distill.teachers.flava import FlavaTeacher
@@ -110,7 +110,7 @@ def give(teacher: Teacher, request: Request = ALL, texts=TEXTS, images=IMAGES):
 
 
 def test_keeps_the_protocol_and_states_its_fields(flava, vilt, flava_folder, vilt_folder):
-    shared = {"text_to_image", "image_to_text", "hidden", "pooled", "text_layout", "image_layout"}
+    shared = {"text_to_image", "image_to_text", "hidden", *PROJECTIONS, "pooled", "text_layout", "image_layout"}
     assert flava.fields == shared | {"similarity", "logits"}
     assert vilt.fields == shared | {"logits"}
     assert FlavaTeacher(flava_folder).fields == shared | {"similarity"}
@@ -164,6 +164,35 @@ def test_a_padded_text_gives_the_same_block_as_alone(teacher):
         torch.testing.assert_close(batch.image_to_text[layer][1:, :, :, :4], alone.image_to_text[layer], **close)
     torch.testing.assert_close(batch.hidden[1][1:, :4], alone.hidden[1], **close)
     torch.testing.assert_close(batch.pooled[1:], alone.pooled, **close)
+
+
+def test_queries_and_keys_make_the_attention_among_text_tokens(teacher, monkeypatch):
+    """The text block of the joint attention, scaled to one, is the softmax of what was recorded, head by head."""
+    layer = 1
+    blocks = []
+    record = JointPass.record
+
+    def spy(self: JointPass, request: Request):
+        blocks.append((self.attentions[layer][:, :, self.text, self.text], self.keep))
+        return record(self, request)
+
+    monkeypatch.setattr(JointPass, "record", spy)
+    layers = frozenset({layer})
+    signal = give(teacher, Request(fields=frozenset(PROJECTIONS), attention_layers=layers, projection_layers=layers))
+    monkeypatch.undo()
+    ((block, keep),) = blocks
+    q, k = (getattr(signal, name)[layer].unflatten(-1, (HEADS, -1)).transpose(1, 2) for name in ("queries", "keys"))
+    scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~keep[:, None, None], float("-inf"))
+    torch.testing.assert_close(scores.softmax(-1), renormalised(block), atol=1e-5, rtol=1e-4)
+    assert signal.values[layer].shape == (2, N_TEXT, D_JOINT)
+    # Values are neither of the two, and only what is asked for is recorded.
+    assert not torch.allclose(signal.values[layer], signal.keys[layer])
+    alone = give(teacher, Request(fields=frozenset({"values"}), projection_layers=frozenset({0, layer})))
+    assert alone.fields == {"values", "text_layout", "image_layout"}
+    assert torch.equal(alone.values[layer], signal.values[layer])
+    assert not torch.allclose(alone.values[0], alone.values[layer])
+    with pytest.raises(DistillError, match=r"values of .* was requested without layers"):
+        give(teacher, Request(fields=frozenset({"values"})))
 
 
 def test_two_calls_are_bit_equal_under_other_seeds(teacher):
@@ -647,10 +676,11 @@ def test_answer_heads_that_do_not_fit(flava_folder, head_file, tmp_path):
 
 
 def test_every_entry_of_this_package_resolves():
-    assert set(TEACHERS) == {"cvlm", "flava", "vilt"}
-    for kind, factory in [("flava", FlavaTeacher), ("vilt", ViltTeacher)]:
-        module, _, attribute = TEACHERS[kind].partition(":")
-        assert getattr(importlib.import_module(module), attribute) is factory
+    assert {"cvlm", "flava", "vilt", "blip", "bridgetower", "git", "clip", "siglip", "open_clip"} <= set(TEACHERS)
+    for place in TEACHERS.values():
+        module, _, attribute = place.partition(":")
+        if module.startswith("distill."):
+            assert callable(getattr(importlib.import_module(module), attribute)), place
 
 
 def test_load_teacher_by_kind_and_ready(vilt, vilt_folder):
@@ -661,7 +691,7 @@ def test_load_teacher_by_kind_and_ready(vilt, vilt_folder):
 def test_load_teacher_refuses(vilt, vilt_folder):
     with pytest.raises(DistillError, match="no teacher of kind 'flavva'; did you mean 'flava'"):
         load_teacher("flavva", name="x")
-    with pytest.raises(DistillError, match=r"give a kind, and the model as name='openai/gpt'.* Kinds are \['cvlm'"):
+    with pytest.raises(DistillError, match=r"give a kind, and the model as name='openai/gpt'.* Kinds are \['blip'"):
         load_teacher("openai/gpt")
     with pytest.raises(DistillError, match=r"'vilt' cannot take the settings \['nmae'\].*missing.*'name'"):
         load_teacher("vilt", nmae=vilt_folder)

@@ -159,9 +159,9 @@ def test_adapters_train_but_are_no_part_of_the_student(examples, tmp_path):
     names = set(model.state_dict())
     train_phase(job)
     weights = hidden.state_dict()
-    assert weights["regressors.0.weight"].shape == (40, 24)
+    assert weights["adapters.0.weight"].shape == (40, 24)
     torch.manual_seed(job.seed)
-    assert not torch.equal(weights["regressors.0.weight"], torch.nn.Linear(24, 40).weight)
+    assert not torch.equal(weights["adapters.0.weight"], torch.nn.Linear(24, 40).weight)
     assert set(model.state_dict()) == names
 
 

@@ -3,7 +3,7 @@
 from importlib import import_module
 from pathlib import Path
 
-from cvlm.data.importers.records import ImportOptions, Source
+from cvlm.data.importers.records import HUB, ImportOptions, Source
 from cvlm.errors import CvlmError, unknown_name
 
 FORMATS: dict[str, str] = {
@@ -16,6 +16,7 @@ FORMATS: dict[str, str] = {
     "jsonl": "cvlm.data.importers.tables:read_jsonl",
     "csv": "cvlm.data.importers.tables:read_csv",
     "folder": "cvlm.data.importers.tables:read_folder",
+    "hf_datasets": "cvlm.data.importers.hf_datasets:read",
     "easy_vqa": "cvlm.data.importers.packages:read_easy_vqa",
     "openmoji": "cvlm.data.importers.packages:read_openmoji",
 }
@@ -31,6 +32,7 @@ DESCRIPTIONS: dict[str, str] = {
     "jsonl": "your own JSON lines: image, text, answer, split; other names by --columns",
     "csv": "your own CSV with the same columns",
     "folder": "your own pictures, each beside a .txt with one caption per line",
+    "hf_datasets": "Hugging Face datasets: a folder of save_to_disk, parquet or arrow files, or hf:OWNER/NAME",
     "easy_vqa": "easy-VQA from its PyPI package (give any folder as the source)",
     "openmoji": "OpenMoji pictures and names from PyPI packages (give any folder as the source)",
 }
@@ -44,7 +46,7 @@ def read_source(data_format: str, path: Path, options: ImportOptions) -> Source:
     """
     if data_format not in FORMATS:
         raise unknown_name("data format", data_format, FORMATS)
-    if not path.exists():
+    if not path.exists() and not (data_format == "hf_datasets" and str(path).startswith(HUB)):
         raise CvlmError(f"the source {path} does not exist")
     module, _, function = FORMATS[data_format].partition(":")
     source: Source = getattr(import_module(module), function)(path, options)

@@ -1,5 +1,6 @@
 """Sentences that are true or false of pictures, as classification: NLVR2 (two pictures) and SNLI-VE (one)."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from cvlm.tasks import TASKS
 
 NLVR2_FILES = {"train": ("train.json",), "val": ("dev.json",), "test": ("test1.json", "test.json")}
 NLVR2_ANSWERS = {"True": "true", "False": "false"}
+NLVR2_ID = re.compile(r"[^-]+-[0-9]+-[0-9]+-[0-9]+")
 SNLI_VE_FILES = {"train": ("snli_ve_train.jsonl",), "val": ("snli_ve_dev.jsonl",), "test": ("snli_ve_test.jsonl",)}
 SNLI_VE_ANSWERS = TASKS["snli_ve"].answers
 
@@ -34,8 +36,7 @@ def read_nlvr2(path: Path, options: ImportOptions) -> Source:
     """Read NLVR2 (Suhr et al., ACL 2019): JSON lines `train.json`, `dev.json`, `test1.json`, and the pictures.
 
     The pictures of `dev-850-0-0` are `dev-850-0-img0.png` and `-img1.png`, under `images/`, `dev/` or
-    `images/train/DIRECTORY/`. Sentences keep their identifier without the last number as `type`, by which consistency
-    is computed.
+    `images/train/DIRECTORY/`. Consistency is computed by identifier.
 
     Raises:
         CvlmError: files are missing or damaged.
@@ -44,16 +45,16 @@ def read_nlvr2(path: Path, options: ImportOptions) -> Source:
 
     def row(raw: Any, split: str) -> tuple[str, tuple[ImageSource, ...], Text]:
         name = id_at(raw, "identifier")
-        stem, _, version = name.rpartition("-")
+        stem = name.rpartition("-")[0]
         label = raw.get("label")
-        if not stem or not version.isdecimal():
+        if not NLVR2_ID.fullmatch(name):
             raise CvlmError(f"'identifier' is {name!r}; it reads SPLIT-SET-PAIR-SENTENCE")
         if str(label) not in NLVR2_ANSWERS:
             raise CvlmError(f"'label' is {label!r:.80}; it must be True or False")
         answer = NLVR2_ANSWERS[str(label)]
         folders = _nlvr2_folders(root, stem, raw.get("directory"))
         pair = tuple(find_image(folders, f"{stem}-img{side}.png") for side in (0, 1))
-        return stem, pair, Text(id=name, text=text_at(raw, "sentence"), answers=(answer,), answer=answer, type=stem)
+        return stem, pair, Text(id=name, text=text_at(raw, "sentence"), answers=(answer,), answer=answer)
 
     return _read(path, "NLVR2", "nlvr2", NLVR2_FILES, row)
 

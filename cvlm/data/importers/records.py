@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -14,6 +16,9 @@ from cvlm.errors import CvlmError
 
 MAX_TEXT = 10_000
 """Characters; a longer question, caption or answer is taken for damage."""
+
+HUB = "hf:"
+"""What a source begins with that is a name on the Hugging Face hub, not a path."""
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 
@@ -26,6 +31,10 @@ class ImageSource(Protocol):
 
     def read(self) -> bytes:
         """Return the bytes of a picture file."""
+        ...
+
+    def stamp(self) -> str:
+        """Return what changes when the picture is changed; empty where the source's files tell already."""
         ...
 
 
@@ -42,13 +51,20 @@ class ImageFile:
             CvlmError: it is missing, no file, or larger than `MAX_FILE_BYTES`.
         """
         try:
-            with self.path.open("rb") as file:
-                data = file.read(MAX_FILE_BYTES + 1)
+            with FileIO(self.path) as file:
+                if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                    raise CvlmError(f"the image {self.path} has more than {MAX_FILE_BYTES:,} bytes, which is refused")
+                return file.readall()
         except OSError as error:
             raise CvlmError(f"cannot read the image {self.path}: {error.strerror}") from error
-        if len(data) > MAX_FILE_BYTES:
-            raise CvlmError(f"the image {self.path} has more than {MAX_FILE_BYTES:,} bytes, which is refused")
-        return data
+
+    def stamp(self) -> str:
+        """Return size in bytes and time of the last change in nanoseconds; empty if the file is gone."""
+        try:
+            facts = os.stat(self.path)
+        except OSError:
+            return ""
+        return f"{facts.st_size} {facts.st_mtime_ns}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +151,6 @@ class ImportOptions:
         skip: share of rows, and of pictures, that may be bad before the import is refused.
         images: folder of the pictures, where it is not the usual one.
         columns: field -> column, for tables.
-        split: share of rows per split, for sources without a split.
     """
 
     skip: float = 0.01
@@ -279,6 +294,7 @@ def find_image(folders: Iterable[Path], name: str) -> ImageFile:
     name = safe_name(name)
     folders = list(folders)
     for folder in folders:
-        if (folder / name).is_file():
+        # A data set can have a million pictures: building a Path costs more than looking for its file.
+        if os.path.isfile(f"{folder}/{name}"):
             return ImageFile(folder / name)
     raise CvlmError(f"the image {name!r} is in none of {', '.join(map(str, folders))}")

@@ -9,10 +9,10 @@ from its file name (`train.jsonl`, `val.csv`), else it is split by picture, by h
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cvlm.data.importers.lines import decode_text, good, json_rows
 from cvlm.data.importers.records import (
@@ -74,7 +74,7 @@ def read_folder(path: Path, options: ImportOptions) -> Source:
         total += 1
         found = skips.keep(name, _captions, image, path, files)
         rows += found or []
-    return _source(path, "retrieval", rows, files, total, skips)
+    return table_source(path.resolve().stem, rows, files, total, skips)
 
 
 def _captions(image: Path, root: Path, files: list[SourceFile]) -> list[Row]:
@@ -86,12 +86,12 @@ def _captions(image: Path, root: Path, files: list[SourceFile]) -> list[Row]:
     name = image.relative_to(root).as_posix()
     files.append(entry.model_copy(update={"name": Path(name).with_suffix(".txt").as_posix()}))
     folders = [SPLIT_NAMES[part] for part in Path(name).parts[:-1] if part in SPLIT_NAMES]
-    split = folders[0] if folders else _split_of(name)
+    split = folders[0] if folders else split_by_hash(name)
     return [(split, name, (ImageFile(image),), Text(id=f"{name}#{i}", text=line)) for i, line in enumerate(lines)]
 
 
 def _read(path: Path, options: ImportOptions, suffix: str, parse: Any) -> Source:
-    _check_columns(options.columns)
+    check_columns(options.columns)
     tables = [path] if path.is_file() else sorted(path.glob(f"*{suffix}"))
     if not tables:
         raise CvlmError(f"{path} holds no *{suffix} file")
@@ -107,8 +107,7 @@ def _read(path: Path, options: ImportOptions, suffix: str, parse: Any) -> Source
             row = skips.keep(place, _row, raw, options.columns, folders, table, f"{table.stem}:{total}", seen)
             if row is not None:
                 rows.append(row)
-    answered = any(text.answers for *_, text in rows)
-    return _source(path, "vqa" if answered else "retrieval", rows, files, total, skips)
+    return table_source(path.resolve().stem, rows, files, total, skips)
 
 
 def _row(
@@ -119,9 +118,9 @@ def _row(
     column = {name: columns.get(name, name) for name in FIELDS}
     if "text" not in columns:
         column["text"] = next((name for name in TEXT_COLUMNS if name in raw), "text")
-    _check_present(raw, columns)
+    check_present(raw, columns)
     image = text_at(raw, column["image"])
-    split = _given_split(raw, column["split"]) or SPLIT_NAMES.get(table.stem) or _split_of(image)
+    split = given_split(raw, column["split"]) or SPLIT_NAMES.get(table.stem) or split_by_hash(image)
     text_id = id_at(raw, column["id"]) if raw.get(column["id"]) not in (None, "") else number
     if (split, text_id) in seen:
         raise CvlmError(f"the id {text_id!r} stands twice in the split {split!r}")
@@ -130,14 +129,19 @@ def _row(
         id=text_id,
         text=text_at(raw, column["text"]),
         type=clean_text(kind, column["type"]) if isinstance(kind, str) else "",
-        **_answers(raw, column),
+        **answers_at(raw, column),
     )
     found = find_image(folders, image)
     seen.add((split, text_id))
     return split, image, (found,), text
 
 
-def _answers(raw: dict[str, Any], column: dict[str, str]) -> dict[str, Any]:
+def answers_at(raw: dict[str, Any], column: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields `answers` and `answer` of a text.
+
+    Raises:
+        CvlmError: they are no texts.
+    """
     several = raw.get(column["answers"])
     if isinstance(several, str) and several.strip():
         several = json.loads(several) if _is_json_list(several) else several.split("|")
@@ -155,11 +159,13 @@ def _answers(raw: dict[str, Any], column: dict[str, str]) -> dict[str, Any]:
     return {"answers": (answer,), "answer": answer}
 
 
-def _source(path: Path, task: Any, rows: list[Row], files: list[SourceFile], total: int, skips: Skips) -> Source:
+def table_source(name: str, rows: list[Row], files: list[SourceFile], total: int, skips: Skips) -> Source:
+    """Put a source together; with any answer it is questions, else captions."""
+    task: Literal["vqa", "retrieval"] = "vqa" if any(text.answers for *_, text in rows) else "retrieval"
     splits = {split for split, *_ in rows}
     several = any(len(text.answers) > 1 for *_, text in rows)
     return Source(
-        name=path.resolve().stem,
+        name=name,
         task=task,
         rule="none" if task == "retrieval" else "vqa" if several else "exact",
         evaluate="test" if "test" in splits or "val" not in splits else "val",
@@ -195,7 +201,12 @@ def _csv_rows(content: str, table: Path) -> Iterator[tuple[str, Any]]:
             yield f"{table.name} line {reader.line_num}", dict(zip(header, cells, strict=True))
 
 
-def _given_split(raw: dict[str, Any], column: str) -> str | None:
+def given_split(raw: dict[str, Any], column: str) -> str | None:
+    """Return the split that a row states.
+
+    Raises:
+        CvlmError: it states one of another name.
+    """
     given = raw.get(column)
     if given in (None, ""):
         return None
@@ -204,19 +215,29 @@ def _given_split(raw: dict[str, Any], column: str) -> str | None:
     return SPLIT_NAMES[given.strip().lower()]
 
 
-def _split_of(image: str) -> str:
+def split_by_hash(image: str) -> str:
     """Split by picture, so that no picture is on two sides; by hash, so that it stays where it is when others come."""
     share = int(sha256(image.encode()).hexdigest()[:8], 16) / 16**8
     return "train" if share < 0.8 else "val" if share < 0.9 else "test"
 
 
-def _check_columns(columns: Mapping[str, str]) -> None:
+def check_columns(columns: Mapping[str, str], fields: tuple[str, ...] = FIELDS) -> None:
+    """Refuse a field that a table does not have.
+
+    Raises:
+        CvlmError: there is one.
+    """
     for name in columns:
-        if name not in FIELDS:
-            raise CvlmError(f"--columns knows no field {name!r}{nearest(name, FIELDS)}; fields: {', '.join(FIELDS)}")
+        if name not in fields:
+            raise CvlmError(f"--columns knows no field {name!r}{nearest(name, fields)}; fields: {', '.join(fields)}")
 
 
-def _check_present(raw: dict[str, Any], columns: Mapping[str, str]) -> None:
+def check_present(raw: Iterable[str], columns: Mapping[str, str]) -> None:
+    """Refuse a named column for picture or text that is not among the columns `raw`.
+
+    Raises:
+        CvlmError: there is one.
+    """
     for field, column in columns.items():
         if column not in raw and field in ("image", "text"):
             listed = ", ".join(raw)[:300]
