@@ -689,8 +689,13 @@ def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        # A list whose only item is wrong is called too short as well: pydantic counts the valid items.
-        items = [item for item in error.errors() if not (item["type"] == "too_short" and item["input"])]
+        # A list whose items are wrong is called too short as well: pydantic counts the valid ones.
+        places = [item["loc"] for item in error.errors() if item["type"] != "too_short"]
+        items = [
+            item
+            for item in error.errors()
+            if item["type"] != "too_short" or all(place[: len(item["loc"])] != item["loc"] for place in places)
+        ]
         lines = [_explain(item) for item in items]
         raise CvlmError(f"{source}: {len(lines)} problem(s)\n" + "\n".join(f"  - {line}" for line in lines)) from error
 

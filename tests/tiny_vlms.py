@@ -120,7 +120,7 @@ def save_bridgetower(folder: Path, head: str) -> Path:
     return folder
 
 
-def save_git(folder: Path, **settings: object) -> Path:
+def save_git(folder: Path, words: list[str] = ANSWER_WORDS, **settings: object) -> Path:
     """Save a `GitForCausalLM`."""
     import transformers
 
@@ -131,7 +131,7 @@ def save_git(folder: Path, **settings: object) -> Path:
         num_hidden_layers=DEPTH,
         num_attention_heads=HEADS,
         intermediate_size=56,
-        vocab_size=len(ANSWER_WORDS) + 3,
+        vocab_size=len(words) + 3,
         max_position_embeddings=MAX_TEXT,
         bos_token_id=2,
         eos_token_id=3,
@@ -139,5 +139,5 @@ def save_git(folder: Path, **settings: object) -> Path:
         **settings,
     )
     spread(transformers.GitForCausalLM(config)).save_pretrained(folder)
-    save_processors(folder, transformers.CLIPImageProcessor(), ANSWER_WORDS)
+    save_processors(folder, transformers.CLIPImageProcessor(), words)
     return folder

@@ -26,7 +26,7 @@ def main() -> None:
         "vqa": lambda: vqa.compare(arguments.questions, arguments.repeats),
         "recall": lambda: recall.compare(arguments.images, repeats=arguments.repeats),
         "fusion_retrieval": lambda: fusion_retrieval.compare(
-            arguments.fusion_images, epochs=arguments.epochs, repeats=arguments.repeats
+            arguments.fusion_images, epochs=arguments.epochs, repeats=min(arguments.repeats, 2)
         ),
         "import": lambda: import_shards.compare(arguments.pictures, arguments.repeats),
         "reading": lambda: reading.compare(arguments.samples, arguments.repeats),

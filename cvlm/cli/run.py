@@ -277,7 +277,11 @@ class Run:
         train, inputs = self.data.train, None
         if self.data.stream is None:
             bar = self.console.bar("teacher towers")
-            inputs = teacher_inputs(teacher, train, self.out / "features", device=self.device, progress=bar)
+            with PhaseMeter(device=self.device) as meter:
+                store = self.out / "features"
+                inputs = teacher_inputs(teacher, train, store, device=self.device, progress=bar, meter=meter)
+            if meter.cost.samples:  # its towers were trained, so nobody has run them as they are now
+                self._book("targets", f"towers {teacher.fingerprint[:8]}", meter.cost)
         return LiveTarget(teacher=teacher, examples=train, inputs=inputs, device=self.device)
 
     @property

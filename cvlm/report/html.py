@@ -12,12 +12,13 @@ from cvlm.report import tables
 from cvlm.report.arms import draw_arms
 from cvlm.report.files import read_json, read_text
 from cvlm.report.tables import Table
+from cvlm.report.terms import term_table
 
 
 def write_report(run_dir: Path | str) -> Path:
     """Write arms.png and report.html into a run folder and return the page's path.
 
-    Reads metrics.json, cost.json, environment.json and recipe.yaml.
+    Reads metrics.json, cost.json, environment.json, recipe.yaml and, as far as there are any, the arms' logs.
 
     Raises:
         CvlmError: If one of the four is missing or broken, with its name.
@@ -35,6 +36,7 @@ def write_report(run_dir: Path | str) -> Path:
         description=escape(_description(tables.result_table(metrics))),
         results="\n".join(_table(tables.result_table(metrics, name)) for name in _metrics_in_order(metrics)),
         comparisons=_table(tables.comparison_table(metrics)),
+        terms=_table(term_table(run_dir, list(metrics["arms"]))),
         cost=_table(tables.cost_table(cost)),
         baselines=_baselines(tables.baseline_table(cost)),
         environment=_table(tables.environment_table(environment), words_from=1),

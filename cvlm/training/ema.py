@@ -19,7 +19,7 @@ AVERAGE = "average.safetensors"
 
 
 class EmaTeacher:
-    """The average of a student's weights over its training steps (mean teacher, Tarvainen and Valpola 2017, eq. 2).
+    """The average of a student's weights over its training steps (mean teacher, Tarvainen and Valpola 2017).
 
     After every optimiser step `average = decay * average + (1 - decay) * weights`, for weights that train; buffers are
     copied. ALBEF (Li et al. 2021) takes its pseudo-targets from such a model, with decay 0.995. The average begins as

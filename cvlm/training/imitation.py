@@ -71,22 +71,17 @@ def collect_answers(
     """
     fingerprint = _fingerprint(live, spec)
     folder.mkdir(parents=True, exist_ok=True)
-    answers = _read_answers(folder / ANSWERS, fingerprint)
-    done, flops, per_question = len(answers), 0, -1.0
-    for start in range(done, len(live.examples), BATCH):
-        index = np.arange(start, min(start + BATCH, len(live.examples)))
-        if per_question < 0:
-            # One question more for a local teacher, whose kernels change while they are counted; a server is not paid
-            # again, and its work is nobody's FLOPs here.
-            per_question = float(count_flops(lambda: _ask(live, spec, np.zeros(1, dtype=np.int64) + done)))
-        fresh = _ask(live, spec, index)
-        _append(folder / ANSWERS, fresh, fingerprint)
+    begun, answers = _read_answers(folder / ANSWERS, fingerprint)
+    done, number = len(answers), len(live.examples)
+    each = _flops_of_one(live, spec, done) if done < number else 0
+    for start in range(done, number, BATCH):
+        fresh = _ask(live, spec, np.arange(start, min(start + BATCH, number)))
+        _append(folder / ANSWERS, fresh, {"fingerprint": fingerprint, "begun": begun})
         answers += fresh
-        flops += round(per_question * len(index))
         if progress is not None:
-            progress(len(answers), len(live.examples))
+            progress(len(answers), number)
     judged = _judge_all(live.examples, answers, spec)
-    provenance = _write_training_set(live, spec, folder, answers, judged)
+    provenance = _write_training_set(live, spec, folder, judged, begun)
     if provenance["counts"]["kept"] < 2:
         raise CvlmError(
             f"of {len(answers)} questions the teacher's answers to {provenance['counts']['kept']} are kept "
@@ -94,7 +89,7 @@ def collect_answers(
             "{answers}"
         )
     examples = replace(live.examples, labels=_labels(judged, spec, len(live.examples.answers)))
-    return Imitation(examples=examples, provenance=provenance, flops=flops, samples=len(answers) - done)
+    return Imitation(examples=examples, provenance=provenance, flops=each * (number - done), samples=number - done)
 
 
 def _ask(live: LiveTarget, spec: ImitationSpec, index: NDArray[np.int64]) -> list[list[Answer]]:
@@ -111,16 +106,25 @@ def _ask(live: LiveTarget, spec: ImitationSpec, index: NDArray[np.int64]) -> lis
     return [[] if pair in live.missing else own for pair, own in zip(index.tolist(), found, strict=True)]
 
 
+def _flops_of_one(live: LiveTarget, spec: ImitationSpec, pair: int) -> int:
+    """Count one question more, since kernels change while they are counted; other answers may be longer.
+
+    A server's work is nobody's FLOPs here, and the question is not paid for again.
+    """
+    return count_flops(lambda: _ask(live, spec, np.array([pair])))
+
+
 def _fingerprint(live: LiveTarget, spec: ImitationSpec) -> str:
     """Return what the answers depend on; filters come afterwards and may change."""
     facts = f"{live.teacher.fingerprint}|{live.examples.fingerprint}|{spec.samples}|{spec.temperature}"
     return sha256(facts.encode()).hexdigest()
 
 
-def _read_answers(path: Path, fingerprint: str) -> list[list[Answer]]:
-    """Read what was collected before; a line that a kill cut in two is cut off."""
+def _read_answers(path: Path, fingerprint: str) -> tuple[str, list[list[Answer]]]:
+    """Read when it was begun to collect, and what was collected; a line that a kill cut in two is cut off."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     if not path.exists():
-        return []
+        return now, []
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
@@ -128,9 +132,10 @@ def _read_answers(path: Path, fingerprint: str) -> list[list[Answer]]:
             stream.truncate(whole)
     lines = content[:whole].splitlines()
     if not lines:
-        return []
+        return now, []
     try:
-        found = json.loads(lines[0])["fingerprint"]
+        head = json.loads(lines[0])
+        found, begun = head["fingerprint"], str(head["begun"])
         answers = [[Answer(**answer) for answer in json.loads(line)] for line in lines[1:]]
     except (ValueError, TypeError, KeyError) as error:
         raise CvlmError(f"{path} is damaged ({error}); delete it to ask the teacher again") from error
@@ -139,14 +144,14 @@ def _read_answers(path: Path, fingerprint: str) -> list[list[Answer]]:
             f"{path} holds answers of another teacher, to other data, or with other samples or temperature; delete it "
             "to ask again"
         )
-    return answers
+    return begun, answers
 
 
-def _append(path: Path, answers: list[list[Answer]], fingerprint: str) -> None:
+def _append(path: Path, answers: list[list[Answer]], head: dict[str, str]) -> None:
     lines = [json.dumps([asdict(answer) for answer in own], ensure_ascii=False) for own in answers]
     with path.open("ab") as stream:
         if not stream.tell():
-            lines.insert(0, json.dumps({"fingerprint": fingerprint}))
+            lines.insert(0, json.dumps(head))
         stream.write(("\n".join(lines) + "\n").encode())
         stream.flush()
         os.fsync(stream.fileno())
@@ -176,7 +181,7 @@ def _labels(judged: list[Judgement], spec: ImitationSpec, width: int) -> NDArray
 
 
 def _write_training_set(
-    live: LiveTarget, spec: ImitationSpec, folder: Path, answers: list[list[Answer]], judged: list[Judgement]
+    live: LiveTarget, spec: ImitationSpec, folder: Path, judged: list[Judgement], begun: str
 ) -> dict[str, Any]:
     examples, teacher = live.examples, live.teacher
     lines = [_line(examples, pair, own) for pair, own in enumerate(judged) if own.reason == "kept"]
@@ -186,11 +191,11 @@ def _write_training_set(
     provenance = {
         "teacher": teacher.name,
         "teacher_fingerprint": teacher.fingerprint,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": begun,
         "data": {"name": examples.name, "split": examples.split, "fingerprint": examples.fingerprint},
         "settings": spec.model_dump(mode="json"),
         "scores": "one class" if spec.samples == 1 else "share of the samples",
-        "counts": {"asked": len(answers)} | {str(reason): counts[reason] for reason in REASONS},
+        "counts": {"asked": len(judged)} | {str(reason): counts[reason] for reason in REASONS},
         "spent": getattr(teacher, "spent", None),
         "training_set": {"file": TRAINING_SET, "pairs": len(lines), "sha256": sha256(content).hexdigest()},
     }

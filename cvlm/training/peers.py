@@ -1,8 +1,8 @@
 """Students that train together, each taught by the others: deep mutual learning (Zhang et al. 2018).
 
 Each step runs every peer once, and each one learns from what the others said in the same step, without gradient to
-them. The paper updates one network after the other, and lets the first speak again before the second learns from it;
-all at once needs half the forward passes and no order among peers. What a peer is compared with is one step older.
+them. The paper updates one network after the other, and lets the first speak again before the second learns from it.
+All at once needs fewer forward passes and no order among peers; what later ones are compared with is one update older.
 """
 
 import copy
@@ -121,7 +121,7 @@ class PeersTarget:
 class PeerModule(PhaseModule):
     """A student, its peers, and the terms of each one's loss.
 
-    A term that reads the teacher is averaged over the other peers (DML, section 3.4). The losses are summed, so each
+    A term that reads the teacher is averaged over the other peers (as in the paper). The losses are summed, so each
     peer gets the gradient of its own; only the clipping of gradients looks at all of them together.
 
     Args:

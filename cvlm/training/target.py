@@ -19,7 +19,7 @@ from cvlm.training.inputs import ModelInputs, model_inputs, move
 from cvlm.training.teacher import CvlmTeacher
 from distill import Request, Signal, Teacher
 from distill.targets import TargetStore
-from distill.teachers.base import KeyedTeacher, PairKey
+from distill.teachers.base import PairKey, as_keyed
 
 Indices = NDArray[np.int64]
 NOTHING: Indices = np.zeros(0, dtype=np.int64)
@@ -84,9 +84,10 @@ class LiveTarget:
     @cached_property
     def missing(self) -> Indices:
         """Pairs that a teacher that looks them up does not find."""
-        if not isinstance(self.teacher, KeyedTeacher) or not self.teacher.keyed:
+        keyed = as_keyed(self.teacher)
+        if keyed is None:
             return NOTHING
-        return np.array(self.teacher.missing(self._keys(np.arange(len(self.examples)))), dtype=np.int64)
+        return np.array(keyed.missing(self._keys(np.arange(len(self.examples)))), dtype=np.int64)
 
     def fetch(self, index: Indices, request: Request) -> Any:
         """Preprocess with the teacher's own processor, or read its towers' stored outputs."""
@@ -97,8 +98,9 @@ class LiveTarget:
         def load() -> Sequence[Image]:
             return [self.examples.pictures[i].load().convert("RGB") for i in shown.ravel().tolist()]
 
-        if isinstance(self.teacher, KeyedTeacher) and self.teacher.keyed:
-            return self.teacher.look_up(self._keys(index), load)
+        keyed = as_keyed(self.teacher)
+        if keyed is not None:
+            return keyed.look_up(self._keys(index), load)
         texts = [self.examples.texts[i] for i in np.repeat(self.examples.text_of[index], shown.shape[1] or 1)]
         return self.teacher.prepare(load(), texts)
 

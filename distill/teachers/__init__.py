@@ -92,7 +92,10 @@ def _reads_and_writes(model_type: str) -> bool:
 
 
 def _ready(teacher: Any, settings: dict[str, Any]) -> Teacher:
-    missing = [part for part in sorted(_protocol_members()) if not hasattr(teacher, part)]
+    # The class is asked first: to ask the object would compute what a property gives.
+    missing = [
+        part for part in sorted(_protocol_members()) if not (hasattr(type(teacher), part) or hasattr(teacher, part))
+    ]
     if missing:
         raise DistillError(
             f"{type(teacher).__name__} object is no teacher: it lacks {missing}; see distill.teachers.base.Teacher, "

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from PIL.Image import Image
 
@@ -70,7 +70,6 @@ class PairKey:
         return f"id {self.id}" if self.id is not None else f"picture {self.picture[:12]} with text {self.text!r}"
 
 
-@runtime_checkable
 class KeyedTeacher(Teacher, Protocol):
     """A teacher that must be told which pairs it is asked about: its targets stand in a table."""
 
@@ -95,3 +94,11 @@ class KeyedTeacher(Teacher, Protocol):
             load: decodes the pictures, where they are needed; as many as `prepare` gets.
         """
         ...
+
+
+def as_keyed(teacher: Teacher) -> KeyedTeacher | None:
+    """Return the teacher, if it must be told which pairs it is asked about.
+
+    One attribute says so. To compare with the whole protocol would read every property, `fingerprint` included.
+    """
+    return cast(KeyedTeacher, teacher) if getattr(teacher, "keyed", False) else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.errors import DistillError
 from distill.signal import Request, Signal
-from distill.teachers.base import KeyedTeacher, PairKey, Teacher
+from distill.teachers.base import PairKey, Teacher, as_keyed
 
 MAPS = frozenset({"text_to_image", "image_to_text", "text_layout", "image_layout"})
 AVERAGED = ("logits", "similarity")
@@ -69,11 +69,11 @@ class EnsembleTeacher:
     @property
     def keyed(self) -> bool:
         """Whether a member looks pairs up."""
-        return any(_keyed(member) is not None for member in self.members)
+        return any(as_keyed(member) is not None for member in self.members)
 
     def missing(self, keys: Sequence[PairKey]) -> list[int]:
         """Return the places of pairs that at least one member knows nothing about."""
-        found = [keyed.missing(keys) for member in self.members if (keyed := _keyed(member)) is not None]
+        found = [keyed.missing(keys) for member in self.members if (keyed := as_keyed(member)) is not None]
         return sorted({place for places in found for place in places})
 
     def prepare(self, images: Sequence[Image], texts: Sequence[str]) -> Mapping[str, Any]:
@@ -86,7 +86,7 @@ class EnsembleTeacher:
         pictures: Sequence[Image] | None = None
         inputs: dict[str, Any] = {}
         for i, member in enumerate(self.members):
-            keyed = _keyed(member)
+            keyed = as_keyed(member)
             if keyed is not None:
                 inputs[str(i)] = dict(keyed.look_up(keys, load))
             else:
@@ -127,10 +127,6 @@ class EnsembleTeacher:
             raise DistillError(f"the members of {self.name} give {name} of different shapes: {sorted(shapes)}")
         logs = [part.log_softmax(-1) + math.log(w) for part, w in zip(parts, self.weights, strict=True)]
         return torch.stack(logs).logsumexp(0)
-
-
-def _keyed(teacher: Teacher) -> KeyedTeacher | None:
-    return teacher if isinstance(teacher, KeyedTeacher) and teacher.keyed else None
 
 
 def _scaled(weights: Sequence[float] | None, members: int) -> tuple[float, ...]:

@@ -22,6 +22,7 @@ from distill.signal import Request, Signal
 from distill.teachers.answer_cache import AnswerCache, Record
 from distill.teachers.answering import PROMPT, Answer, check_prompt, check_sampling, fill_prompt
 from distill.teachers.chat_client import Budget, CapReachedError, ChatClient, Limits, StoppedError
+from distill.teachers.top_answers import top_answers
 
 VERSION = 1
 """Raise it when what is sent changes: stored targets of older code are then refused, paid answers asked again."""
@@ -98,6 +99,10 @@ class ServerTeacher:
     @property
     def spent(self) -> dict[str, float]:
         """What stands in the cache so far: `requests`, `input_tokens`, `output_tokens` and their `cost`."""
+        with self._cache.held():
+            return self._totals()
+
+    def _totals(self) -> dict[str, float]:
         cache = self._cache
         return {
             "requests": cache.requests,
@@ -175,7 +180,7 @@ class ServerTeacher:
 
     def _pay_for(self, wanted: Mapping[str, Question], temperature: float) -> None:
         """Request answers at the same time; the first failure stops what is not yet sent, what is sent is kept."""
-        spent, stop = self.spent, threading.Event()
+        spent, stop = self._totals(), threading.Event()
         budget = Budget(self._client.limits, requests=round(spent["requests"]), cost=spent["cost"])
         failures: list[Exception] = []
 
@@ -221,7 +226,7 @@ class ServerTeacher:
             raise DistillError(f"{self.name} reports no tokens, so max_cost cannot be kept; use max_requests instead")
 
     def _cap_reached(self) -> DistillError:
-        caps, spent = self._client.limits, self.spent
+        caps, spent = self._client.limits, self._totals()
         return DistillError(
             f"{self.name}: the cap is reached (max_requests {caps.max_requests}, max_cost {caps.max_cost}; "
             f"{spent['requests']:.0f} requests paid, cost {spent['cost']:.4f}); all paid answers are in "
@@ -323,43 +328,6 @@ def data_url(image: Image) -> str:
         if stream.tell() <= LOSSLESS_BYTES:
             break
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def top_answers(record: Record, vocabulary: Sequence[str], k: int) -> tuple[list[float], list[int]]:
-    """Map a reply's log-probabilities to the vocabulary; see `ServerTeacher`.
-
-    Returns:
-        `k` values, the largest first, -inf where there are fewer; and as many places in the vocabulary.
-    """
-    plain = [_plain(answer) for answer in vocabulary]
-    found: dict[int, float] = {}
-    if record["tokens"] and _plain(record["answer"]) in plain:
-        found[plain.index(_plain(record["answer"]))] = sum(value for _, value in record["tokens"])
-    # The token that was written has gone on to the whole answer, which is counted above or stands in no vocabulary.
-    written = record["tokens"][0][0] if record["tokens"] else None
-    for token, value in record["first"]:
-        place = _begun_by(_plain(token), plain)
-        if token != written and place is not None:
-            found[place] = _add_logs(found.get(place, -math.inf), value)
-    best = sorted(found.items(), key=lambda item: -item[1])[:k]
-    missing = k - len(best)
-    return [value for _, value in best] + [-math.inf] * missing, [place for place, _ in best] + [0] * missing
-
-
-def _begun_by(token: str, answers: Sequence[str]) -> int | None:
-    if token in answers:
-        return answers.index(token)
-    begun = [place for place, answer in enumerate(answers) if token and answer.startswith(token)]
-    return begun[0] if len(begun) == 1 else None
-
-
-def _plain(text: str) -> str:
-    return text.strip().rstrip(".").lower()
-
-
-def _add_logs(first: float, second: float) -> float:
-    high, low = max(first, second), min(first, second)
-    return high + math.log1p(math.exp(low - high)) if low > -math.inf else high
 
 
 def _confidence(record: Record) -> float | None:

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,3 +188,45 @@ def test_what_does_not_fit_is_refused_before_training(folder, capsys, teacher, d
     assert run(folder, teacher, phases, **changes) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (folder / "run" / "finetune").exists()
+
+
+def distilled(folder, out, teacher, processes, **engine) -> subprocess.CompletedProcess:
+    """Train the student phase with `cvlm train`, on one process or several."""
+    phases = {"distill": {**TAUGHT, "epochs": 2, "objectives": ["labels", "logits"]}}
+    fusion = {"kind": "cross", "width": 32, "depth": 1, "heads": 4, "dropout": 0}  # ranks draw dropout of their own
+    recipe = {"task": "vqa", "data": {"kind": "easy_vqa", "limit": 48, "labelled": 0.5}, "teacher": teacher}
+    recipe |= {"student": {**TOWERS, "fusion": fusion}, "phases": phases, "seeds": [0]}
+    recipe["engine"] = {"device": "cpu", **engine}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "cvlm.cli.main", "train"]
+    return subprocess.run(
+        [*command, str(folder / "recipe.yaml"), "--phase", "distill", "--out", str(folder / out), "--quiet"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", [{"kind": "ema", "decay": 0.8}, {"kind": "peer"}], ids=["ema", "peer"])
+def test_companions_are_the_same_on_two_processes(folder, teacher):
+    logs = []
+    for processes in (1, 2):
+        done = distilled(folder, f"run{processes}", teacher, processes)
+        assert done.returncode == 0, done.stderr
+        logs.append(json.loads((folder / f"run{processes}" / "distill" / "seed0" / "log.json").read_text()))
+    assert len(logs[0]) == len(logs[1]) == 6
+    for alone, split in zip(*logs, strict=True):
+        for term in ("loss", "term/labels", "term/logits"):
+            assert alone[term] == pytest.approx(split[term], rel=1e-3, abs=1e-6), (term, alone["step"])
+
+
+@pytest.mark.slow
+def test_an_average_is_refused_where_weights_are_split(folder):
+    pytest.importorskip("deepspeed")
+    zero = str(Path(__file__).parents[2] / "configs" / "deepspeed" / "zero3.json")
+    done = distilled(folder, "run", {"kind": "ema"}, 2, deepspeed=zero)
+    assert done.returncode != 0
+    assert "a moving average needs the student's whole weights in every process" in " ".join(done.stderr.split())

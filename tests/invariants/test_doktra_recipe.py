@@ -20,8 +20,11 @@ def test_the_recipe_runs(tmp_path):
     assert main(["run", RECIPE, *SHORT, "--out", str(run), "--quiet"]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert list(metrics["arms"]) == ["majority", *PHASES]
+    cost = json.loads((run / "cost.json").read_text())["phases"]
+    assert cost["targets"]["samples"] >= 32, "the teacher was run for its targets"
     assert (metrics["task"], metrics["metric"], metrics["n"]) == ("text", "accuracy", 32)
-    assert (run / "report.html").stat().st_size > 10_000
+    page = (run / "report.html").read_text()
+    assert '<th scope="row">doktra</th><td>activation_boundary</td>' in page
 
     log = json.loads((run / "doktra" / "seed0" / "log.json").read_text())
     assert [sorted(name for name in record if name.startswith("term/")) for record in log] == (

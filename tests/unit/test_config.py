@@ -115,7 +115,7 @@ class TestEveryProblemAtOnce:
         (line,) = problems_of(raw(data={"kind": "easyvqa"}))
         assert line.startswith("data: ")
         assert "'easyvqa'" in line
-        assert "'easy_vqa', 'openmoji', 'jsonl'" in line
+        assert "'easy_vqa', 'openmoji', 'tweets', 'jsonl'" in line
 
     def test_heads_must_divide_the_width(self) -> None:
         recipe = raw()
@@ -185,6 +185,92 @@ class TestPhases:
         assert line == "a teacher of kind cvlm needs a phase 'teacher'; for a trained one use kind: saved"
 
 
+class TestComposedTeachers:
+    def test_a_chain_repeats_a_phase_behind_all_others(self) -> None:
+        recipe = parse_recipe(raw(chain={"phase": "distill", "rounds": 2}))
+        assert recipe.student_arms == ("finetune", "distill", "distill_chain1", "distill_chain2")
+        assert recipe.chain_arms == {"distill_chain1": "distill", "distill_chain2": "distill_chain1"}
+        assert recipe.phase_of("distill_chain2") is recipe.phases["distill"]
+        assert recipe.start_of("distill_chain2") == "finetune"
+
+    def test_a_fresh_start_beside_finetune(self) -> None:
+        phases = {"finetune": {"objectives": ["labels"]}, "mutual": {"objectives": ["mutual"], "start": "fresh"}}
+        assert parse_recipe(raw(phases=phases, teacher={"kind": "peer"})).start_of("mutual") is None
+
+    def test_the_phase_teacher_trains_a_member(self) -> None:
+        own = raw()["student"] | {"kind": "cvlm"}
+        phases = {"teacher": {"objectives": ["labels"]}, **raw()["phases"]}
+        members = [{"kind": "saved", "path": "a"}, own]
+        recipe = parse_recipe(raw(teacher={"kind": "ensemble", "members": members}, phases=phases))
+        assert isinstance(recipe.trained_teacher, CvlmTeacherSpec)
+        (line,) = problems_of(raw(teacher={"kind": "ensemble", "members": [own, own]}, phases=phases))
+        assert line.startswith("teacher: the phase 'teacher' trains one member of kind cvlm")
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"chain": {"phase": "distil"}}, "chain.phase is 'distil', which is no student phase (finetune, distill)"),
+            ({"chain": {"phase": "distill", "rounds": 0}}, "chain.rounds: Input should be greater than or equal to 1"),
+            (
+                {
+                    "chain": {"phase": "distill"},
+                    "phases": {**raw()["phases"], "distill_chain1": raw()["phases"]["distill"]},
+                },
+                "the chain makes the arm(s) distill_chain1, and phases of that name exist",
+            ),
+            ({"chain": {"phase": "distill"}, "teacher": {"kind": "ema"}}, "kind ema is the student's own companion"),
+            ({"teacher": {"kind": "ema", "decay": 1}}, "teacher.decay: Input should be less than 1 (got 1)"),
+            ({"teacher": {"kind": "peer", "number": 0}}, "teacher.number: Input should be greater than or equal to 1"),
+            (
+                {"teacher": {"kind": "peer", "student": {**raw()["student"], "depth": 1}}},
+                "teacher.student.depth: unknown key",
+            ),
+            ({"teacher": {"kind": "table", "path": "t", "skip": 1}}, "teacher.skip: Input should be less than 1"),
+            (
+                {"teacher": {"kind": "callable", "target": "a:b", "gives": "x"}},
+                "teacher.gives: Input should be 'logits'",
+            ),
+            (
+                {"teacher": {"kind": "ema"}, "initialise_fusion": "teacher"},
+                "a teacher of kind ema has no fusion module to begin with",
+            ),
+            (
+                {
+                    "teacher": {"kind": "table", "path": "t.npz"},
+                    "data": {"kind": "stream", "train": "a.tar", "samples": 9, "test": "out"},
+                },
+                "a teacher of kind table needs data whose pairs are known beforehand, not kind: stream",
+            ),
+            ({"phases": {"fresh": {"objectives": ["labels"]}}}, "'fresh' names a new student"),
+        ],
+    )
+    def test_what_does_not_fit(self, changes: dict[str, Any], message: str) -> None:
+        (line,) = problems_of(raw(**changes))
+        assert message in line
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"members": [{"kind": "saved", "path": "a"}]}, "teacher.members: Tuple should have at least 2 items"),
+            ({"weights": [1]}, "teacher: weights has 1 numbers for 2 members; give one for each"),
+            ({"weights": [1, 0]}, "teacher.weights.1: Input should be greater than 0 (got 0)"),
+            ({"attention": 2}, "teacher: attention is 2; members are counted from 0 to 1"),
+            (
+                {"members": [{"kind": "saved", "path": "a"}] * 2 + [{"kind": "ema"}]},
+                "teacher.members.2: Input tag 'ema'",
+            ),
+            (
+                {"members": [{"kind": "saved", "path": "a"}] * 2 + [{"kind": "table"}]},
+                "teacher.members.2.path: this key",
+            ),
+        ],
+    )
+    def test_members_that_do_not_fit(self, changes: dict[str, Any], message: str) -> None:
+        members = [{"kind": "saved", "path": "a"}, {"kind": "callable", "target": "a:b"}]
+        (line,) = problems_of(raw(teacher={"kind": "ensemble", "members": members, **changes}))
+        assert message in line
+
+
 class TestObjectives:
     def test_a_bare_name_and_a_mapping(self) -> None:
         first, second = parse_recipe(raw()).phases["distill"].objectives
@@ -194,7 +280,7 @@ class TestObjectives:
     def test_weights_are_not_negative(self) -> None:
         phases = {"finetune": {"objectives": [{"kind": "labels", "weight": -1}]}}
         (line,) = problems_of(raw(phases=phases))
-        assert line == "phases.finetune.objectives.0.weight: Input should be greater than or equal to 0 (got -1)"
+        assert line.startswith("phases.finetune.objectives.0.weight: weight is -1, it must be finite and not negative")
 
 
 class TestOverrides:

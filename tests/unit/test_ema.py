@@ -10,6 +10,7 @@ from cvlm.errors import CvlmError
 from cvlm.model import compose
 from cvlm.training import EmaTeacher
 from distill import DistillError, Request, load_teacher
+from distill.teachers.base import as_keyed
 
 FIELDS = Request(fields=frozenset({"logits"}))
 
@@ -120,6 +121,12 @@ def test_what_does_not_train_is_shared_and_buffers_are_copied(student):
     assert not any(value.requires_grad for value in average.fusion.parameters())
     assert not average.training
     assert all(value.requires_grad for value in model.fusion.parameters()), "the student still trains"
+
+
+def test_it_is_told_from_other_teachers_without_being_asked():
+    teacher = EmaTeacher()
+    assert load_teacher(teacher) is teacher
+    assert as_keyed(teacher) is None
 
 
 def test_what_it_refuses():

@@ -248,7 +248,7 @@ def test_page_without_comparisons_or_baselines(run_dir):
     (run_dir / "cost.json").write_text("{}")
     content = write_report(run_dir).read_text(encoding="utf-8")
     assert "No comparison was made." in content
-    assert content.count('<p class="none">None.</p>') == 3
+    assert content.count('<p class="none">None.</p>') == 4
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "cost.json", "environment.json", "recipe.yaml"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill import DistillError, Request, Signal, Teacher, load_teacher
+from distill import DistillError, Request, Signal, load_teacher
 from distill.teachers.callable import CallableTeacher
 
 ANSWERS = ("red", "green", "blue")
@@ -37,7 +37,7 @@ def ask(teacher: CallableTeacher, pictures=PICTURES, texts=TEXTS) -> Signal:
 def test_a_function_of_a_module_in_the_working_directory(folder):
     (folder / "simulator_one.py").write_text(SIMULATOR)
     teacher = load_teacher("callable", target="simulator_one:mean_colour", answers=ANSWERS)
-    assert isinstance(teacher, Teacher)
+    assert load_teacher(teacher) is teacher
     assert teacher.fields == {"logits"}
     torch.testing.assert_close(ask(teacher).logits, torch.tensor([[200, 40, 20], [0, 10, 250]]) / 51)
 

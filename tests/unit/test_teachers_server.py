@@ -20,7 +20,8 @@ from distill.teachers.answer_cache import AnswerCache
 from distill.teachers.answering import Answering
 from distill.teachers.base import Teacher
 from distill.teachers.chat_client import Budget, Limits
-from distill.teachers.server import ServerTeacher, data_url, top_answers
+from distill.teachers.server import ServerTeacher, data_url
+from distill.teachers.top_answers import top_answers
 
 ANSWERS = ("red", "green", "blue", "blue car")
 ASK = Request(fields=frozenset({"answers"}))
@@ -73,6 +74,7 @@ def test_answers_come_from_the_server_once(serve: Callable[..., Server], tmp_pat
     assert server.paid == 6
     assert teacher.spent == {"requests": 6, "input_tokens": 6000, "output_tokens": 60, "cost": 0.0}
     server.kill()  # nobody is there any more
+    assert make(server, tmp_path / "cache").spent == teacher.spent
     assert ask(make(server, tmp_path / "cache"), 6) == told
     assert server.paid == 6
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.numpy import save_file
 
 from distill import DistillError, Request
-from distill.teachers.base import KeyedTeacher, PairKey
+from distill.teachers.base import PairKey, as_keyed
 from distill.teachers.table import TableTeacher
 
 ANSWERS = ("red", "green", "blue")
@@ -55,7 +55,7 @@ def look_up(teacher: TableTeacher, asked: list[PairKey]) -> torch.Tensor:
 def test_rows_are_found_in_any_order_and_columns_by_name(tmp_path, suffix, by_id):
     file = write(tmp_path / f"table.{suffix}", by_id=by_id, answers=("blue", "red", "green"))
     teacher = TableTeacher(path=file, answers=ANSWERS)
-    assert isinstance(teacher, KeyedTeacher)
+    assert as_keyed(teacher) is teacher
     wanted = torch.tensor(PROBABILITIES[[2, 0, 0]], dtype=torch.float32)
     torch.testing.assert_close(look_up(teacher, keys(2, 0, 0)).softmax(-1), wanted)
     assert teacher.missing(keys(0, 1, 2)) == []
