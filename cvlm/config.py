@@ -298,6 +298,8 @@ class PeerTeacherSpec(Strict):
     student: StudentSpec | None = None
 
 
+CompanionSpec = Annotated[EmaTeacherSpec | PeerTeacherSpec, Field(discriminator="kind")]
+
 TeacherSpec = Annotated[
     MemberSpec | ServerTeacherSpec | EnsembleTeacherSpec | EmaTeacherSpec | PeerTeacherSpec, Field(discriminator="kind")
 ]
@@ -442,6 +444,7 @@ class PhaseSpec(Strict):
         start: the phase whose weights to begin with, or `fresh` for a new student; None as `Recipe.start_of` says.
         labels: `task` takes the data's labels; `teacher` the teacher's answers, see `ImitationSpec`. The pairs with a
             label are then those whose answer passed the filters.
+        companion: what teaches this phase in place of the recipe's teacher: its own average, or peers.
         learning_rate: peak of the schedule, after `warmup` (a share of all steps).
         log_gradients: whether the log also holds each term's share of the gradient; costs backward passes.
         balance: `gradient_norm` scales weights so that each term's gradient is as strong as the first term's times its
@@ -459,6 +462,7 @@ class PhaseSpec(Strict):
     clip: float = Field(default=1.0, gt=0)
     pairs: Literal["labelled", "all"] = "labelled"
     labels: Literal["task", "teacher"] = "task"
+    companion: CompanionSpec | None = None
     start: str | None = None
     log_gradients: bool = False
     balance: Literal["gradient_norm"] | None = None
@@ -546,6 +550,17 @@ class Recipe(Strict):
         members = self.teacher.members if isinstance(self.teacher, EnsembleTeacherSpec) else (self.teacher,)
         return next((member for member in members if isinstance(member, CvlmTeacherSpec)), None)
 
+    def companion_of(self, arm: str) -> EmaTeacherSpec | PeerTeacherSpec | None:
+        """Return what trains along with an arm's student and teaches it; None where a ready teacher does."""
+        spec = self.phase_of(arm).companion or self.teacher
+        return spec if isinstance(spec, EmaTeacherSpec | PeerTeacherSpec) and arm not in self.chain_arms else None
+
+    @property
+    def teacher_arms(self) -> tuple[str, ...]:
+        """Student arms that ask the recipe's own teacher, if they ask any."""
+        arms = (arm for arm in self.student_arms if arm not in self.chain_arms)
+        return tuple(arm for arm in arms if self.phase_of(arm).companion is None)
+
     def phase_of(self, arm: str) -> PhaseSpec:
         """Return how an arm is trained; rounds of a chain as the phase that they repeat."""
         return self.phases[arm if self.chain is None or arm in self.phases else self.chain.phase]
@@ -631,8 +646,12 @@ def _composition_problems(recipe: Recipe) -> list[str]:
     problems = []
     teacher, kind = recipe.teacher, getattr(recipe.teacher, "kind", None)
     members = teacher.members if isinstance(teacher, EnsembleTeacherSpec) else (teacher,)
-    if recipe.data.kind == "stream" and (kind == "peer" or any(isinstance(m, TableTeacherSpec) for m in members)):
-        named = "peer" if kind == "peer" else "table"
+    companions = {phase.companion.kind for phase in recipe.phases.values() if phase.companion is not None}
+    if "teacher" in recipe.phases and recipe.phases["teacher"].companion is not None:
+        problems.append("phase 'teacher' trains the teacher itself; it takes no companion")
+    tables = any(isinstance(member, TableTeacherSpec) for member in members)
+    if recipe.data.kind == "stream" and ("peer" in (kind, *companions) or tables):
+        named = "table" if tables else "peer"
         problems.append(f"a teacher of kind {named} needs data whose pairs are known beforehand, not kind: stream")
     if recipe.initialise_fusion == "teacher" and kind in ("callable", "table", "ensemble", "ema", "peer"):
         problems.append(f"a teacher of kind {kind} has no fusion module to begin with; use initialise_fusion: random")
@@ -645,8 +664,8 @@ def _composition_problems(recipe: Recipe) -> list[str]:
     taken = [arm for arm in recipe.chain_arms if arm in recipe.phases]
     if taken:
         problems.append(f"the chain makes the arm(s) {', '.join(taken)}, and phases of that name exist; rename them")
-    if kind in ("ema", "peer"):
-        problems.append(f"a chain repeats a phase with another teacher, and kind {kind} is the student's own companion")
+    if kind in ("ema", "peer") or (phase in students and recipe.phases[phase].companion is not None):
+        problems.append("a chain repeats a phase with another teacher, and this phase has a companion of its own")
     return problems
 
 

@@ -4,9 +4,7 @@ from pathlib import Path
 
 from cvlm.config import (
     CvlmTeacherSpec,
-    EmaTeacherSpec,
     EnsembleTeacherSpec,
-    PeerTeacherSpec,
     Recipe,
     SavedTeacherSpec,
 )
@@ -49,7 +47,7 @@ def _learned_from(recipe: Recipe, run: Path, phase: str, seed: int, taught: bool
         return models
     if previous is not None:
         models[previous] = run / previous / f"seed{seed}"
-    elif not isinstance(recipe.teacher, EmaTeacherSpec | PeerTeacherSpec):  # these saw what the student saw
+    elif recipe.companion_of(phase) is None:  # a companion saw what the student saw
         members = recipe.teacher.members if isinstance(recipe.teacher, EnsembleTeacherSpec) else (recipe.teacher,)
         models |= dict(_teacher(member, run) for member in members)
     return models

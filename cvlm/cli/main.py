@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--width", type=int, default=256, help="width of the fusion module")
     build.add_argument("--depth", type=int, default=2, help="layers of the fusion module")
     build.add_argument("--heads", type=int, default=4, help="attention heads")
-    build.add_argument("--answers", type=Path, help="answer vocabulary, one answer per line or a JSON list (vqa; captioning: words)")
+    build.add_argument("--answers", type=Path, help="answers (vqa) or words (captioning): one per line, or JSON")
     build.add_argument("--seed", type=int, default=0, help="of the random initial weights")
     build.add_argument("--standalone", action="store_true", help="store frozen encoders too, not only their names")
 

@@ -27,7 +27,7 @@ from cvlm.api import check_teacher, load_teacher
 from cvlm.cli.console import Console
 from cvlm.cli.lineage import training_record
 from cvlm.cli.teachers import check_composition, open_teacher
-from cvlm.config import CvlmTeacherSpec, EmaTeacherSpec, PeerTeacherSpec, Recipe, StudentSpec
+from cvlm.config import CvlmTeacherSpec, EmaTeacherSpec, PeerTeacherSpec, Recipe, StudentSpec, TeacherSpec
 from cvlm.cost import Ledger, PhaseCost, PhaseMeter
 from cvlm.data import Examples, Splits, StoredTokens, load_data
 from cvlm.data.training_record import TRAINING_DATA, DataSource, source_of, write_record
@@ -117,7 +117,9 @@ class Run:
         earlier = [] if start is None else [self.out / start / f"seed{seed}"]
         if phase in self.recipe.chain_arms:
             earlier.append(self.out / self.recipe.chain_arms[phase] / f"seed{seed}")
-        elif "teacher" in self.recipe.phases and (self._taught(phase) or self._imitates(phase)):
+        elif "teacher" in self.recipe.phases and (
+            (self._taught(phase) and self.recipe.companion_of(phase) is None) or self._imitates(phase)
+        ):
             earlier.append(self.out / "teacher")
         for folder in earlier:
             if not (folder / "config.json").exists():
@@ -131,7 +133,7 @@ class Run:
         Returns:
             One line about each thing that is stored, or why it cannot be.
         """
-        arms = [arm for arm in self.recipe.student_arms if arm not in self.recipe.chain_arms]
+        arms = self.recipe.teacher_arms
         taught, imitating = any(map(self._taught, arms)), any(map(self._imitates, arms))
         if not taught and not imitating:
             raise CvlmError("no phase of the recipe reads a teacher, so there is nothing to store")
@@ -177,14 +179,15 @@ class Run:
         arms, chain = self.recipe.student_arms, self.recipe.chain_arms
         taught = {arm for arm in arms if self._taught(arm)}
         imitating = {arm for arm in arms if self._imitates(arm)}
-        teacher = self._teacher_preview() if (taught | imitating) - chain.keys() else None
+        asking = ((taught & {*self.recipe.teacher_arms}) | imitating) - chain.keys()
+        teacher = self._teacher_preview(self.recipe.teacher) if asking else None
         last = load_teacher(self._new_student(self.recipe.seeds[0])) if chain else None
         for arm in arms:
-            check_teacher(
-                student, (last if arm in chain else teacher) if arm in taught else None, self._objectives(arm)
-            )
+            companion = self.recipe.phase_of(arm).companion
+            own = last if arm in chain else teacher if companion is None else self._teacher_preview(companion)
+            check_teacher(student, own if arm in taught else None, self._objectives(arm))
         check_composition(self.recipe, taught)
-        if teacher is not None and taught - chain.keys():
+        if teacher is not None and taught & {*self.recipe.teacher_arms}:
             # A table may lack pairs; that is said now, not when the first phase is trained.
             _ = LiveTarget(teacher=teacher, examples=self.data.train).missing
         if imitating:
@@ -210,15 +213,15 @@ class Run:
             more = f"\n  ... and {len(broken) - 5} more" if len(broken) > 5 else ""
             raise CvlmError("\n  ".join([f"{len(broken)} picture(s) cannot be read:", *broken[:5]]) + more)
 
-    def _teacher_preview(self) -> Teacher | None:
+    def _teacher_preview(self, spec: TeacherSpec | None) -> Teacher | None:
         """The teacher as far as requirements go: what will be trained here can be asked before it is."""
-        spec, seed = self.recipe.teacher, self.recipe.seeds[0]
+        seed = self.recipe.seeds[0]
         if isinstance(spec, EmaTeacherSpec):
             average = EmaTeacher(decay=spec.decay)
             average.follow(self._new_student(seed))
             return average
         if isinstance(spec, PeerTeacherSpec):
-            return PeerTeacher(students=self._new_peers(seed))
+            return PeerTeacher(students=self._new_peers(spec, seed))
         if self.recipe.trained_teacher is None:
             return self.teacher if spec is not None else None
         return self._open_teacher(lambda own: load_teacher(self._compose(own.model, TEACHER_SEED)))
@@ -254,8 +257,7 @@ class Run:
     @cached_property
     def target(self) -> TargetSource:
         """The signal of the recipe's teacher for the training pairs, for all arms and seeds that it teaches."""
-        arms = [arm for arm in self.recipe.student_arms if arm not in self.recipe.chain_arms]
-        return self._target_of(self.teacher, arms, "train")
+        return self._target_of(self.teacher, self.recipe.teacher_arms, "train")
 
     def _target_of(self, teacher: Teacher, arms: Sequence[str], key: str) -> TargetSource:
         """Return a teacher's signal for the training pairs: stored where every objective of the arms allows it."""
@@ -287,12 +289,11 @@ class Run:
     @property
     def target_name(self) -> str:
         """Folder below `targets` of what the recipe's teacher says to the recipe's objectives."""
-        arms = [arm for arm in self.recipe.student_arms if arm not in self.recipe.chain_arms]
-        return target_name(self._live(self.teacher), self._teacher_request(self.teacher, arms))
+        return target_name(self._live(self.teacher), self._teacher_request(self.teacher, self.recipe.teacher_arms))
 
     def _arm_target(self, arm: str, seed: int, inputs: ModelInputs) -> TargetSource | None:
         """Return the signal that teaches an arm: of the recipe's teacher, the last student, or companions."""
-        spec, previous = self.recipe.teacher, self.recipe.chain_arms.get(arm)
+        spec, previous = self.recipe.companion_of(arm), self.recipe.chain_arms.get(arm)
         if not self._taught(arm):
             return None
         if previous is not None:
@@ -303,13 +304,11 @@ class Run:
             average = EmaTeacher(decay=spec.decay)
             return LiveTarget(teacher=average, examples=inputs.examples, inputs=own, device=self.device)
         if isinstance(spec, PeerTeacherSpec):
-            peers = self._new_peers(seed)
+            peers = self._new_peers(spec, seed)
             return PeersTarget(students=peers, inputs=tuple(self._inputs(peer, inputs.examples) for peer in peers))
         return self.target
 
-    def _new_peers(self, seed: int) -> tuple[CVLM, ...]:
-        spec = self.recipe.teacher
-        assert isinstance(spec, PeerTeacherSpec)
+    def _new_peers(self, spec: PeerTeacherSpec, seed: int) -> tuple[CVLM, ...]:
         peer = spec.student if spec.student is not None else self.recipe.student
         return tuple(self._compose(peer, seed + PEER_SEED * i) for i in range(1, spec.number + 1))
 

@@ -87,7 +87,7 @@ def check_composition(recipe: Recipe, taught: Collection[str]) -> None:
         )
     for arm in sorted(taught):
         start = recipe.start_of(arm)
-        if isinstance(recipe.teacher, PeerTeacherSpec) and start is not None:
+        if isinstance(recipe.companion_of(arm), PeerTeacherSpec) and start is not None:
             raise CvlmError(
                 f"phase {arm!r} starts from {start!r}, and its peers would begin untrained beside it; peers train "
                 "together from the beginning: set start: fresh"

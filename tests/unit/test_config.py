@@ -218,7 +218,7 @@ class TestComposedTeachers:
                 },
                 "the chain makes the arm(s) distill_chain1, and phases of that name exist",
             ),
-            ({"chain": {"phase": "distill"}, "teacher": {"kind": "ema"}}, "kind ema is the student's own companion"),
+            ({"chain": {"phase": "distill"}, "teacher": {"kind": "ema"}}, "has a companion of its own"),
             ({"teacher": {"kind": "ema", "decay": 1}}, "teacher.decay: Input should be less than 1 (got 1)"),
             ({"teacher": {"kind": "peer", "number": 0}}, "teacher.number: Input should be greater than or equal to 1"),
             (
