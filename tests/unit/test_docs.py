@@ -147,10 +147,11 @@ def test_every_recipe_key_is_documented_with_its_default() -> None:
 def shown_default(field: Any) -> str:
     if field.is_required():
         return "required"
-    if isinstance(field.default, BaseModel):
-        assert field.default == type(field.default)()
+    default = field.get_default(call_default_factory=True)
+    if isinstance(default, BaseModel):
+        assert default == type(default)()
         return "defaults"
-    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    value = list(default) if isinstance(default, tuple) else default
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
 
 
