@@ -103,6 +103,18 @@ def test_an_ensemble_of_a_calibrated_model_a_function_and_people(folder):
     assert any("people.jsonl" in line for line in record["unknown"])
 
 
+def test_a_phase_with_a_companion_of_its_own_beside_the_teacher(folder):
+    mutual = {**LABELS, "companion": {"kind": "peer"}, "start": "fresh", "objectives": ["labels", "mutual"]}
+    distill = {**TAUGHT, "objectives": ["labels", "logits"]}
+    assert run(folder, TEACHER, {"teacher": LABELS, "finetune": LABELS, "mutual": mutual, "distill": distill}) == 0
+    cost = cost_of(folder)
+    assert cost["targets"]["samples"] == 48, "the teacher is asked once, by distill alone"
+    assert cost["mutual"]["flops"] > 1.9 * cost["finetune"]["flops"], "the peer trains too"
+    saw = {arm: (folder / "run" / arm / "training_data.json").read_text() for arm in ("mutual", "distill")}
+    assert '"teacher"' in saw["distill"]
+    assert '"teacher"' not in saw["mutual"]
+
+
 def test_a_chain_hands_each_round_to_the_next(folder):
     phases = {"teacher": LABELS, "finetune": LABELS, "distill": {**TAUGHT, "objectives": ["labels", "logits"]}}
     assert run(folder, TEACHER, phases, chain={"phase": "distill", "rounds": 2}) == 0

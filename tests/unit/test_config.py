@@ -197,6 +197,15 @@ class TestComposedTeachers:
         phases = {"finetune": {"objectives": ["labels"]}, "mutual": {"objectives": ["mutual"], "start": "fresh"}}
         assert parse_recipe(raw(phases=phases, teacher={"kind": "peer"})).start_of("mutual") is None
 
+    def test_a_companion_teaches_one_phase(self) -> None:
+        mutual = {"objectives": ["labels", "mutual"], "start": "fresh", "companion": {"kind": "peer"}}
+        recipe = parse_recipe(raw(phases={**raw()["phases"], "mutual": mutual}))
+        assert recipe.companion_of("mutual") == recipe.phases["mutual"].companion
+        assert recipe.companion_of("distill") is None
+        assert recipe.teacher_arms == ("finetune", "distill")
+        wrong = raw(phases={**raw()["phases"], "mutual": mutual}, chain={"phase": "mutual"})
+        assert problems_of(wrong)[0].endswith("this phase has a companion of its own")
+
     def test_the_phase_teacher_trains_a_member(self) -> None:
         own = raw()["student"] | {"kind": "cvlm"}
         phases = {"teacher": {"objectives": ["labels"]}, **raw()["phases"]}
