@@ -17,7 +17,7 @@ from cvlm.encoders import fingerprint
 from cvlm.errors import CvlmError
 
 FULL_PADDING = ("siglip", "siglip2")
-"""Trained on texts padded to full length without a mask: shorter padding gives other embeddings."""
+"""Trained on texts padded to full length without a mask: shorter padding, or a mask, gives other embeddings."""
 
 
 class TransformersDualEncoder:
@@ -67,16 +67,19 @@ class TransformersDualEncoder:
     @torch.inference_mode()
     def embed_images(self, pictures: Sequence[Image]) -> Tensor:
         """Return unit vectors `[n, d]`."""
-        inputs = self.processor(images=list(pictures), return_tensors="pt")
+        # Not through the whole processor: SigLIP 2's puts a patch size of its own over the saved one.
+        inputs = self.processor.image_processor(images=list(pictures), return_tensors="pt")
         return self._unit(self.model.get_image_features(**inputs.to(self.device)))
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Return unit vectors `[n, d]`; texts that are too long are cut."""
         padding = "max_length" if self.full_padding else "longest"
-        inputs = self.processor(
-            text=list(texts), padding=padding, truncation=True, max_length=self.max_length, return_tensors="pt"
+        inputs = self.processor.tokenizer(
+            list(texts), padding=padding, truncation=True, max_length=self.max_length, return_tensors="pt"
         )
+        if self.full_padding:
+            inputs.pop("attention_mask", None)
         return self._unit(self.model.get_text_features(**inputs.to(self.device)))
 
     def _unit(self, features: Any) -> Tensor:

@@ -47,10 +47,10 @@ def one_by_one(folder: str, kind: str, data: Examples) -> tuple[torch.Tensor, to
             model.get_image_features(**processor(images=p.load(), return_tensors="pt")).pooler_output
             for p in data.pictures
         ]
-        texts = [
-            model.get_text_features(**processor(text=[text], return_tensors="pt", **padding)).pooler_output
-            for text in data.texts
-        ]
+        tokens = [processor.tokenizer([text], return_tensors="pt", **padding) for text in data.texts]
+        if kind == "Siglip":  # trained without a mask
+            tokens = [{"input_ids": encoded["input_ids"]} for encoded in tokens]
+        texts = [model.get_text_features(**encoded).pooler_output for encoded in tokens]
     return tuple(torch.nn.functional.normalize(torch.cat(rows), dim=-1) for rows in (images, texts))  # type: ignore[return-value]
 
 

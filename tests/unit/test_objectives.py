@@ -660,7 +660,11 @@ def test_layers_that_do_not_exist_are_refused_before_the_first_step(layers):
         ("cross_attention", {"heads": "max"}, "heads is 'max'; use one of mean, best, learned"),
         ("cross_attention", {"directions": "sideways"}, "directions is 'sideways'; use text_to_image or image_to_text"),
         ("cross_attention", {"directions": []}, r"directions is \[\]; use text_to_image or image_to_text"),
-        ("hidden", {"states": "logits"}, "states is 'logits'; use one of hidden, cls, pooled, image_embedding, text_embedding"),
+        (
+            "hidden",
+            {"states": "logits"},
+            "states is 'logits'; use one of hidden, cls, pooled, image_embedding, text_embedding",
+        ),
     ],
 )
 def test_bad_settings_are_refused(kind, settings, message):
