@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Two torch processes with several threads each slow each other down many times over.
 export OMP_NUM_THREADS ?= 1
+# Processes that share the tests; each has one thread.
+TEST_WORKERS ?= 2
 
 .PHONY: demo retrieval results bench-speed test test-all check clean
 
@@ -14,7 +16,7 @@ retrieval: $(VENV)/.demo
 	$(BIN)/cvlm run configs/quickstart/retrieval.yaml --out runs/retrieval
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS)
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest
@@ -43,7 +45,7 @@ results: demo retrieval
 	mkdir -p docs/images
 	cp runs/quickstart/arms.png docs/images/arms.png
 
-# Our metrics beside the public tools; about ten minutes, on a machine that does nothing else.
+# Our metrics beside the public tools; about half an hour, on a machine that does nothing else.
 bench-speed: $(VENV)/.test
 	$(BIN)/python -m benchmarks.speed --out benchmarks/results/speed
 
