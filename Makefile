@@ -16,7 +16,7 @@ retrieval: $(VENV)/.demo
 	$(BIN)/cvlm run configs/quickstart/retrieval.yaml --out runs/retrieval
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS)
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS) --dist worksteal
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest
