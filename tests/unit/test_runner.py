@@ -145,7 +145,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("data", "message"),
         [
-            ("nowhere", r"data 'nowhere' is neither .* kind: Input tag .*'easy_vqa', 'openmoji', 'jsonl'"),
+            ("nowhere", r"data 'nowhere' is neither .* kind: Input tag .*'easy_vqa', 'openmoji', .*'jsonl'"),
             ({"kind": "jsonl", "pth": "x"}, r"nor a data kind: path: Field required; pth: Extra inputs"),
             ({}, r"data \{\} is neither"),
         ],
