@@ -27,7 +27,8 @@ from cvlm.model import CVLM, save_model
 from cvlm.report import baseline_table, comparison_table, cost_table, result_table, write_report
 from cvlm.report.files import read_json
 from cvlm.tasks import TASKS
-from distill import OBJECTIVES, TEACHERS
+from distill import OBJECTIVES
+from distill.teachers import GIVES
 from fusion import BLOCKS
 
 transformers.utils.logging.disable_progress_bar()
@@ -148,7 +149,7 @@ def show_list(arguments: argparse.Namespace) -> None:
         }
         formats = DATA_KINDS | {f"cvlm data import {name}": what for name, what in DESCRIPTIONS.items()}
         tasks = {name: facts.what for name, facts in TASKS.items()}
-        tables = {"fusions": fusions, "teachers": TEACHERS, "tasks": tasks, "formats": formats}
+        tables = {"fusions": fusions, "teachers": GIVES, "tasks": tasks, "formats": formats}
         console.table(arguments.what.capitalize(), ("name", "what"), sorted(tables[arguments.what].items()))
 
 

@@ -31,6 +31,26 @@ TEACHERS: dict[str, str] = {
     "peer": "cvlm.training.peers:PeerTeacher",
 }
 
+GIVES: dict[str, str] = {
+    "blip": "white-box: answer scores, or match scores, embeddings; cross-attention of its text model",
+    "bridgetower": "white-box: match scores or similarity; cross-attention both ways",
+    "callable": "gray- or black-box: a function of yours, such as a simulator",
+    "clip": "gray-box: similarity and embeddings",
+    "cvlm": "white-box: everything; another model of ours",
+    "ema": "white-box: the student's own moving average",
+    "ensemble": "gray-box: the weighted mean of other teachers; attention of one of them",
+    "flava": "white-box: attention and states of the joint sequence; answers with a head",
+    "generative": "gray- or black-box: scores each answer, or writes one (Qwen-VL, LLaVA, SmolVLM, ...)",
+    "git": "white-box: answer scores; attention to the picture",
+    "open_clip": "gray-box: similarity and embeddings",
+    "peer": "gray-box: students that train together",
+    "server": "black-box: answers of an OpenAI-compatible server, or the largest log-probabilities",
+    "siglip": "gray-box: similarity and embeddings",
+    "table": "gray-box: precomputed targets, people's soft labels",
+    "vilt": "white-box: answers; attention and states of the joint sequence",
+}
+"""Kind -> what it lets a student see, for people."""
+
 KIND_OF = {"siglip2": "siglip"}
 """Types of transformers models that another kind of teacher serves."""
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from distill.errors import DistillError
 from distill.layout import ImageLayout
 from distill.signal import PROJECTIONS, Request
-from distill.teachers import TEACHERS, load_teacher
+from distill.teachers import GIVES, TEACHERS, load_teacher
 from distill.teachers.base import Teacher
 from distill.teachers.flava import FlavaTeacher
 from distill.teachers.joint import JointPass, cut_block
@@ -711,3 +711,7 @@ def test_the_table_is_light():
     code = "import sys, distill.teachers; sys.exit('transformers' in sys.modules)"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_every_kind_says_what_it_gives():
+    assert GIVES.keys() == TEACHERS.keys()
