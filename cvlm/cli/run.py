@@ -420,7 +420,7 @@ class Run:
             beyond = f"{first.name}: streamed, not recorded beyond its first {len(first)} pairs"
             record = record.model_copy(update={"unknown": (*record.unknown, beyond)})
         write_record(folder, record)
-        (folder / "log.json").write_text(json.dumps(log), encoding="utf-8")
+        (folder / "log.json").write_text(json.dumps(log, sort_keys=True), encoding="utf-8")  # as checkpoints keep it
         self._book(phase, key, cost)
         clear_checkpoints(folder)
         test = self._inputs(job.student, self.data.test)
