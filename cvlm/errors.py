@@ -1,6 +1,6 @@
 """The one exception type that a user is meant to read."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -9,6 +9,12 @@ class CvlmError(Exception):
 
     The text holds the value, the reason, and what to do next.
     """
+
+
+def listed(problems: Sequence[str], most: int = 5) -> str:
+    """Return the first problems, each on a line of its own, and how many more there are."""
+    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return "".join(f"\n  - {line}" for line in [*problems[:most], *more])
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

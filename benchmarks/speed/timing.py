@@ -6,13 +6,14 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+
+from benchmarks.environment import now
 
 Work = Callable[[], Any]
 
@@ -43,7 +44,7 @@ def time_pair(ours: Callable[[], Work], reference: Callable[[], Work], repeats: 
 def setting(packages: Sequence[str]) -> dict[str, Any]:
     """Return the date, the machine and the versions that a measurement belongs to."""
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),

@@ -72,6 +72,12 @@ def coverage(questions: Iterable[Sequence[str]], vocabulary: Sequence[str], rule
     return Coverage(questions=number, answered=answered, reachable=reachable, ceiling=total / max(answered, 1))
 
 
+def single_labels(given: Iterable[Sequence[str]], answers: Sequence[str]) -> NDArray[np.int64]:
+    """Return the place of each question's one answer `[n]`; `UNLABELLED` where there is none in the vocabulary."""
+    place = {answer: position for position, answer in enumerate(answers)}
+    return np.array([place.get(one[0], UNLABELLED) if one else UNLABELLED for one in given], dtype=np.int64)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SoftLabels:
     """Soft answer scores `[n, n_answers]`, kept as the few that are not zero: VQA v2 would fill five gigabytes.

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvlm.config import ShardsData
-from cvlm.data.answers import UNLABELLED, SoftLabels
+from cvlm.data.answers import SoftLabels, single_labels
 from cvlm.data.examples import Examples, Splits, index_texts
 from cvlm.data.screening import screen
 from cvlm.data.shard_index import FolderIndex, read_folder_index
@@ -84,9 +84,7 @@ def read_split(spec: ShardsData, index: FolderIndex, split: str) -> Examples:
     given = [tuple(row.get("answers", ())) for row in rows]
     answers = spec.answers if spec.answers is not None else index.answers
     if TASKS[index.task].answers:
-        place = {answer: position for position, answer in enumerate(answers)}
-        truths = [place.get(one[0], UNLABELLED) if one else UNLABELLED for one in given]
-        labels = np.array(truths, dtype=np.int64)
+        labels = single_labels(given, answers)
         return Examples(texts=texts, text_of=text_of, labels=labels, answers=answers, **common)
     return Examples(
         texts=texts,

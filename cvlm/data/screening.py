@@ -14,15 +14,13 @@ from pathlib import Path
 
 from cvlm.data.shard_jobs import cores
 from cvlm.data.shards import ShardReader
-from cvlm.errors import CvlmError
+from cvlm.errors import CvlmError, listed
 from cvlm.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
 Broken = dict[int, str]
 """Position in the split -> what is wrong with the sample."""
-
-_SHOWN = 5
 
 
 def screen(reader: ShardReader, number: int, share: float) -> Broken:
@@ -61,10 +59,9 @@ def refuse_too_many(what: str, broken: int, problems: Sequence[str], number: int
     """
     allowed = int(share * number)
     if broken > allowed:
-        shown = [*problems[:_SHOWN], *([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])]
         raise CvlmError(
             f"{broken} {what} are broken; of {number:,} may be {allowed} (data.skip: {share:g}). Correct the data, or "
-            "raise data.skip to do without them." + "".join(f"\n  - {line}" for line in shown)
+            f"raise data.skip to do without them.{listed(problems)}"
         )
 
 

@@ -25,6 +25,12 @@ Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 Member = tuple[NonNegativeInt, PositiveInt, Sha256]
 """Byte offset in the shard, size in bytes, SHA-256 of the bytes."""
 
+DataTask = Literal["vqa", "retrieval", "nlvr2", "snli_ve"]
+"""Tasks that data is imported for; others are made of these, see `cvlm.tasks`."""
+
+Rule = Literal["vqa", "exact", "none"]
+"""How answers are compared."""
+
 
 class SampleIndex(Strict):
     """Where one sample stands in its shard: member suffix (`jpg`, `json`) -> place."""
@@ -120,8 +126,8 @@ class FolderIndex(Strict):
     schema_: Literal["cvlm-shards/1"] = Field(default=SCHEMA, alias="schema")
     name: str
     data_format: str
-    task: Literal["vqa", "retrieval", "nlvr2", "snli_ve"]
-    rule: Literal["vqa", "exact", "none"]
+    task: DataTask
+    rule: Rule
     evaluate: str
     licence: str | None
     sources: tuple[SourceFile, ...]

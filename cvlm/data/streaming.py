@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from cvlm.data.answers import UNLABELLED, SoftLabels
+from cvlm.data.answers import SoftLabels, single_labels
 from cvlm.data.examples import Examples, index_texts
 from cvlm.data.order import share_of
 from cvlm.data.screening import refuse_too_many
@@ -156,8 +156,7 @@ class Stream:
 
     def _labels(self, given: Sequence[tuple[str, ...]]) -> Any:
         if TASKS[self.task].answers:
-            place = {answer: position for position, answer in enumerate(self.answers)}
-            return np.array([place.get(one[0], UNLABELLED) if one else UNLABELLED for one in given], dtype=np.int64)
+            return single_labels(given, self.answers)
         # One answer for all people is the whole truth; the rule gives a full score from three people on.
         return SoftLabels.of([one * 3 if len(one) == 1 else one for one in given], self.answers, self.rule)
 

@@ -297,15 +297,9 @@ class CVLM(nn.Module):
     def _pool(self, fused: FusionOutput, image: EncoderOutput | Projected, text: EncoderOutput | Projected) -> Tensor:
         return torch.cat([masked_mean(fused.text, text.mask), masked_mean(fused.image, image.mask)], dim=-1)
 
-    def _image_mean(self, image: EncoderOutput) -> Tensor:
-        return masked_mean(self.fusion.image_projection(image.tokens), image.mask)
-
-    def _text_mean(self, text: EncoderOutput) -> Tensor:
-        return masked_mean(self.fusion.text_projection(text.tokens), text.mask)
-
     def _retrieve(self, image: EncoderOutput, text: EncoderOutput, request: Request, labels: Tensor | None) -> Signal:
         assert self.embedding_head is not None
-        images, texts = self.embedding_head(self._image_mean(image), self._text_mean(text))
+        images, texts = self.embedding_head(self.project_images(image).mean, self.project_texts(text).mean)
         similarity = self.embedding_head.scale * images @ texts.T
         matching = None
         if self.matching_head is not None and "matching" in request.fields:

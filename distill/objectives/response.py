@@ -1,26 +1,15 @@
 """Objectives on what a model answers: its task's labels, a teacher's logits, a teacher's similarities."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distill.errors import DistillError
+from distill.objectives.answers import check_choice, check_positive
 from distill.objectives.base import Loss, Objective, count_words, labelled_rows, zero_like
 from distill.signal import Request, Signal
 
 LINKS = ("softmax", "sigmoid")
-
-
-def _check_link(kind: str, link: str) -> None:
-    if link not in LINKS:
-        raise DistillError(f"objective {kind!r}: link is {link!r}; use one of {', '.join(LINKS)}")
-
-
-def _check_temperature(kind: str, temperature: float) -> None:
-    if not 0 < temperature < math.inf:
-        raise DistillError(f"objective {kind!r}: temperature is {temperature}, it must be finite and above 0")
 
 
 class Labels(Objective):
@@ -43,7 +32,7 @@ class Labels(Objective):
 
     def __init__(self, *, link: str = "softmax", weight: float = 1.0) -> None:
         super().__init__(weight=weight)
-        _check_link(self.kind, link)
+        check_choice(self, "link", link, LINKS)
         self.link = link
 
     def missing(self, student: frozenset[str], teacher: frozenset[str]) -> dict[str, frozenset[str]]:
@@ -134,8 +123,8 @@ class Logits(Objective):
 
     def __init__(self, *, temperature: float = 2.0, link: str = "softmax", weight: float = 1.0) -> None:
         super().__init__(weight=weight)
-        _check_temperature(self.kind, temperature)
-        _check_link(self.kind, link)
+        check_positive(self, "temperature", temperature)
+        check_choice(self, "link", link, LINKS)
         self.temperature = temperature
         self.link = link
 
@@ -186,7 +175,7 @@ class Similarity(Objective):
 
     def __init__(self, *, temperature: float = 1.0, weight: float = 1.0) -> None:
         super().__init__(weight=weight)
-        _check_temperature(self.kind, temperature)
+        check_positive(self, "temperature", temperature)
         self.temperature = temperature
 
     def forward(self, student: Signal, teacher: Signal | None, labels: Tensor | None = None) -> Loss:

@@ -6,6 +6,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 from PIL.Image import Image
 
+from distill.errors import DistillError
 from distill.signal import Request, Signal
 
 
@@ -102,3 +103,15 @@ def as_keyed(teacher: Teacher) -> KeyedTeacher | None:
     One attribute says so. To compare with the whole protocol would read every property, `fingerprint` included.
     """
     return cast(KeyedTeacher, teacher) if getattr(teacher, "keyed", False) else None
+
+
+def check_pairs(name: str, images: Sequence[Image], texts: Sequence[str]) -> None:
+    """Refuse what are no pairs to prepare; `name` is the teacher's.
+
+    Raises:
+        DistillError: there are no pairs, or not as many pictures as texts.
+    """
+    if not images or len(images) != len(texts):
+        raise DistillError(
+            f"{name} needs as many pictures as texts, at least one pair; got {len(images)} and {len(texts)}"
+        )

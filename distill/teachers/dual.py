@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 
 from distill.errors import DistillError
 from distill.signal import Request, Signal
+from distill.teachers.base import check_pairs
 from distill.teachers.transformers_common import attempt, fingerprint_of, load_model, read_config
 
 FIELDS = frozenset({"similarity", "image_embedding", "text_embedding"})
@@ -65,10 +66,7 @@ class DualTeacher(ABC):
         Raises:
             DistillError: if there are no pairs, or not as many pictures as texts.
         """
-        if not images or len(images) != len(texts):
-            raise DistillError(
-                f"{self.name} needs as many pictures as texts, at least one pair; got {len(images)} and {len(texts)}"
-            )
+        check_pairs(self.name, images, texts)
         return {**self._pictures([image.convert("RGB") for image in images]), **self._texts(texts)}
 
     def signal(self, inputs: Mapping[str, Any], request: Request) -> Signal:

@@ -18,6 +18,7 @@ from distill.errors import DistillError
 from distill.signal import Request, Signal
 from distill.teachers.answer_scores import AnswerTokens, answer_tokens, log_likelihood
 from distill.teachers.answering import PROMPT, Answer, check_prompt, check_sampling, fill_prompt
+from distill.teachers.base import check_pairs
 from distill.teachers.transformers_common import SIGNAL_VERSION, attempt, fingerprint_of, load_model, read_config
 
 EXAMPLE = "HuggingFaceTB/SmolVLM-256M-Instruct"
@@ -91,10 +92,7 @@ class GenerativeTeacher:
         Raises:
             DistillError: there are no pairs, or not as many pictures as texts.
         """
-        if not images or len(images) != len(texts):
-            raise DistillError(
-                f"{self.name} needs as many pictures as texts, at least one pair; got {len(images)} and {len(texts)}"
-            )
+        check_pairs(self.name, images, texts)
         return {"examples": [self._inputs(image, text) for image, text in zip(images, texts, strict=True)]}
 
     def signal(self, inputs: Mapping[str, Any], request: Request) -> Signal:

@@ -11,6 +11,7 @@ from torch import Tensor
 from distill.errors import DistillError
 from distill.layout import ImageLayout, TextLayout
 from distill.signal import PROJECTIONS, Request, Signal
+from distill.teachers.base import check_pairs
 from distill.teachers.transformers_common import Parts, pixels, tokens
 
 ATTENTION_FIELDS = frozenset({"text_to_image", "image_to_text"})
@@ -59,10 +60,7 @@ class PairTeacher(ABC):
         Raises:
             DistillError: if there are no pairs, or not as many pictures as texts.
         """
-        if not images or len(images) != len(texts):
-            raise DistillError(
-                f"{self.name} needs as many pictures as texts, at least one pair; got {len(images)} and {len(texts)}"
-            )
+        check_pairs(self.name, images, texts)
         return {**tokens(self._parts, texts), "pixel_values": pixels(self._parts, images)}
 
     def signal(self, inputs: Mapping[str, Any], request: Request) -> Signal:

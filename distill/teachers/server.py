@@ -21,6 +21,7 @@ from distill.errors import DistillError
 from distill.signal import Request, Signal
 from distill.teachers.answer_cache import AnswerCache, Record
 from distill.teachers.answering import PROMPT, Answer, check_prompt, check_sampling, fill_prompt
+from distill.teachers.base import check_pairs
 from distill.teachers.chat_client import Budget, CapReachedError, ChatClient, Limits, StoppedError
 from distill.teachers.top_answers import top_answers
 
@@ -117,10 +118,7 @@ class ServerTeacher:
         Raises:
             DistillError: there are no pairs, or not as many pictures as texts.
         """
-        if not images or len(images) != len(texts):
-            raise DistillError(
-                f"{self.name} needs as many pictures as texts, at least one pair; got {len(images)} and {len(texts)}"
-            )
+        check_pairs(self.name, images, texts)
         pairs = zip(images, texts, strict=True)
         return {"questions": [self._question(image.convert("RGB"), text) for image, text in pairs]}
 

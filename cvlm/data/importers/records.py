@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from cvlm.data.pixels import MAX_FILE_BYTES, safe_name
-from cvlm.data.shard_index import SourceFile
-from cvlm.errors import CvlmError
+from cvlm.data.shard_index import DataTask, Rule, SourceFile
+from cvlm.errors import CvlmError, listed
 
 MAX_TEXT = 10_000
 """Characters; a longer question, caption or answer is taken for damage."""
@@ -128,8 +128,8 @@ class Source:
     """
 
     name: str
-    task: Literal["vqa", "retrieval", "nlvr2", "snli_ve"]
-    rule: Literal["vqa", "exact", "none"]
+    task: DataTask
+    rule: Rule
     evaluate: str
     samples: list[Sample]
     files: tuple[SourceFile, ...]
@@ -181,11 +181,9 @@ def check_budget(what: str, problems: list[str], total: int, share: float) -> No
     """
     allowed = math.floor(share * total)
     if len(problems) > allowed:
-        shown = "".join(f"\n  - {problem}" for problem in problems[:5])
-        more = f"\n  - and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CvlmError(
             f"{len(problems)} of {total} {what}s are damaged, {allowed} may be ({share:.2%}). Correct the source, or "
-            f"raise --skip to leave them out.{shown}{more}"
+            f"raise --skip to leave them out.{listed(problems)}"
         )
 
 
