@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,25 +68,34 @@ def same_weights(left: Path, right: Path, number: int) -> None:
             np.testing.assert_array_equal(ours[key], theirs[key], err_msg=f"{name} {key}")
 
 
+def files(out: Path) -> int:
+    return sum(len(names) for _, _, names in os.walk(out))
+
+
+def kill_after(process: subprocess.Popen, count: Callable[[], int], more: int, pause: float) -> bool:
+    """Wait until `count` has grown by `more` and a moment longer, then kill; returns whether it was still running."""
+    before = count()
+    while count() < before + more and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(pause)
+    running = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return running
+
+
 def kill_and_compare(tmp_path: Path, kills: int, seed: int, **changes: object) -> None:
-    recipe = tmp_path / "recipe.yaml"
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "cut"
     content = {**RECIPE, **changes}
     recipe.write_text(yaml.safe_dump(content, sort_keys=False))
-    begun = time.monotonic()
     finish(recipe, tmp_path / "whole")
-    length = time.monotonic() - begun
-    draw, cut = random.Random(seed), 0
-    for _ in range(kills):
-        process = start(recipe, tmp_path / "cut")
-        try:
-            process.wait(timeout=draw.uniform(0.3, 0.95) * length)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            cut += 1
-        process.communicate()
-        if (tmp_path / "cut" / "metrics.json").exists():
-            break
-    assert cut, "nothing was killed"
+    dice, killed = random.Random(seed), 0
+    most = files(tmp_path / "whole") // 2
+    while killed < kills:
+        more, pause = dice.randint(1, most), dice.uniform(0, 0.2)
+        killed += kill_after(start(recipe, out), lambda: files(out), more, pause)
+        if (out / "metrics.json").exists() and killed < kills:
+            shutil.rmtree(out)
     finish(recipe, tmp_path / "cut")
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
     arms = load_recipe(recipe).student_arms
@@ -123,18 +133,6 @@ def events(out: Path) -> int:
     return len(list(out.glob("finetune/seed0/tensorboard/*")))
 
 
-def kill_in_training(process: subprocess.Popen, out: Path, pause: float) -> bool:
-    """Wait for training to begin and a moment longer, then kill; returns whether it was still running."""
-    before = events(out)
-    while events(out) == before and process.poll() is None:
-        time.sleep(0.005)
-    time.sleep(pause)
-    running = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return running
-
-
 @pytest.mark.slow
 def test_a_training_phase_killed_twenty_times_ends_in_the_same_bytes(tmp_path):
     recipe = tmp_path / "recipe.yaml"
@@ -153,7 +151,8 @@ def test_a_training_phase_killed_twenty_times_ends_in_the_same_bytes(tmp_path):
     dice, out = random.Random(2), tmp_path / "cut"
     kills, resumed = 0, 0
     while kills < 20:
-        kills += kill_in_training(start_phase(recipe, out), out, dice.uniform(0, 0.5) * max(length, 1))
+        pause = dice.uniform(0, 0.5) * max(length, 1)
+        kills += kill_after(start_phase(recipe, out), lambda: events(out), 1, pause)
         resumed += bool(list(out.glob("finetune/seed0/checkpoint-*/complete.json")))
         if (out / weights).exists() and kills < 20:
             shutil.rmtree(out)
