@@ -38,7 +38,7 @@ def write_shapes(folder: Path, number: int) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path: Path, bert_folder: Path) -> dict[str, Any]:
-    source, shards = write_shapes(tmp_path / "source", 96), tmp_path / "shards"
+    source, shards = write_shapes(tmp_path / "source", 240), tmp_path / "shards"
     assert main(["data", "import", "karpathy", str(source), str(shards), "--quiet"]) == 0
     vision = {"name": "timm:test_vit", "pretrained": False, "image_size": 32}
     model = {
@@ -46,7 +46,7 @@ def recipe(tmp_path: Path, bert_folder: Path) -> dict[str, Any]:
         "text": {"name": f"hf:{bert_folder}"},
         "fusion": {"kind": "cross", "width": 32, "depth": 1, "heads": 2, "dropout": 0.0},
     }
-    phase = {"epochs": 30, "batch_size": 16, "learning_rate": 4e-3, "objectives": ["labels"]}
+    phase = {"epochs": 24, "batch_size": 16, "learning_rate": 4e-3, "objectives": ["labels"]}
     objectives = ["labels", "logits", {"kind": "cross_attention", "weight": 0.1}]
     return {
         "task": "captioning",
@@ -72,17 +72,17 @@ def test_it_learns_to_say_what_it_sees(tmp_path: Path, recipe: dict[str, Any], m
     means = {arm: values["cider"]["mean"] for arm, values in metrics["arms"].items()}
     assert list(means) == ["majority", "teacher", "finetune", "distill"]
     assert metrics["metric"] == "cider"
-    assert metrics["n"] == 19
+    assert metrics["n"] == 48
     assert means["teacher"] > means["majority"] + 1
     assert means["distill"] > max(means["majority"] + 1, means["finetune"])
     low, high = metrics["arms"]["distill"]["bleu_4"]["ci95"]
     assert low <= metrics["arms"]["distill"]["bleu_4"]["mean"] <= high
     shown = json.loads((run / "distill" / "seed0" / "captions.json").read_text())
-    assert len(shown) == 19
+    assert len(shown) == 48
     right = sum(
         any(one["caption"] == said.lower().strip(".").replace(",", "") for said in one["references"]) for one in shown
     )
-    assert right >= 10
+    assert right >= 40
     # The same numbers again from the saved model and the folder alone. Some of so few plain shapes look alike.
     shards = recipe["data"]["path"]
     bench = ["bench", str(run / "distill"), "--data", shards, "--allow-contaminated", "--quiet"]
