@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cvlm.data import Examples, Picture
-from cvlm.data.training_record import Progress, TrainingRecord, look_of, picture_digests, text_digests
+from cvlm.data.training_record import look_of, picture_digests, text_digests
 from cvlm.errors import CvlmError
+from cvlm.lineage import TrainingRecord
+from cvlm.progress import Progress
 
 SHOWN = 5
 
@@ -95,7 +97,7 @@ def refuse_contaminated(found: Contamination, examples: Examples, model: str) ->
     if found.verdict == "contaminated":
         raise CvlmError(
             f"{model} is scored on what it was trained on: {found.describe(examples)}. Score it on other data, or "
-            "print the number with a stamp: --allow-contaminated"
+            "print the number with a stamp: --allow-contaminated (in Python: allow_contaminated=True)"
         )
 
 

@@ -3,37 +3,33 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.metrics import vqa_accuracies
-from benchmarks.tasks import Scores, score
+from benchmarks.tasks import Scores, answer_accuracy, score_answers
 from cvlm.data import Examples
 from cvlm.data.vqa_answers import clean_answer
 from cvlm.tasks import TASKS
-from cvlm.training import Prediction
 
 
-def score_answers(task: str, examples: Examples, given: Sequence[str]) -> Scores:
+def score_free_answers(task: str, examples: Examples, given: Sequence[str]) -> Scores:
     """Score one written answer per pair.
 
     Where people answered, the official VQA accuracy, which normalises both sides itself. Where a question has one right
     answer, that one letter for letter, white space at the ends aside, as GQA's official script compares. Where the
     task fixes the answers (nlvr2, snli_ve), that word in either case.
     """
-    if not (examples.references or examples.truths):
-        return score(task, examples, Prediction(logits=_chosen(task, examples, given)))
+    return score_answers(examples, _correct(task, examples, given))
+
+
+def _correct(task: str, examples: Examples, given: Sequence[str]) -> NDArray[np.float64]:
     if examples.references:
-        correct = vqa_accuracies(given, examples.references)
-    else:
+        return vqa_accuracies(given, examples.references)
+    fixed = bool(TASKS[task].answers)
+    if examples.truths and not fixed:
         pairs = zip(given, examples.truths, strict=True)
-        correct = np.array([clean_answer(answer) == clean_answer(truth) for answer, truth in pairs], dtype=np.float64)
-    return Scores(values={"accuracy": correct}, clusters={"accuracy": examples.unit_of})
-
-
-def _chosen(task: str, examples: Examples, given: Sequence[str]) -> np.ndarray:
-    """Return logits `[n, n_answers + 1]` that choose the given answer; the last column is any other."""
-    lower = bool(TASKS[task].answers)
+        return np.array([clean_answer(answer) == clean_answer(truth) for answer, truth in pairs], dtype=np.float64)
     place = {answer: index for index, answer in enumerate(examples.answers)}
-    logits = np.zeros((len(given), len(place) + 1), dtype=np.float32)
-    for row, answer in enumerate(map(clean_answer, given)):
-        logits[row, place.get(answer.lower() if lower else answer, len(place))] = 1
-    return logits
+    other = len(place)  # an answer outside the vocabulary, which is never right
+    words = [answer.lower() if fixed else answer for answer in map(clean_answer, given)]
+    return answer_accuracy(examples, np.array([place.get(word, other) for word in words], dtype=np.int64))

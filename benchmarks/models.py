@@ -22,11 +22,12 @@ import torch
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from benchmarks.dual_encoders import OpenClipDualEncoder, TransformersDualEncoder
-from benchmarks.parts import Progress, keep_rows, keep_texts
+from benchmarks.dual_encoders import open_dual_encoder
+from benchmarks.parts import keep_rows, keep_texts
 from cvlm.data import Examples
 from cvlm.errors import CvlmError, unknown_name
 from cvlm.model import CVLM, load_model
+from cvlm.progress import Progress
 from cvlm.tasks import TASKS
 from cvlm.training import Prediction, Retrieved
 
@@ -87,10 +88,8 @@ def open_model(model: Any, device: str) -> CVLM | OtherModel:
     scheme, _, rest = name.partition(":")
     if Path(name).is_dir():
         return _open_folder(Path(name), device)
-    if scheme == "hf" and rest:
-        return _dual(name, TransformersDualEncoder(_existing(rest), device), device)
-    if scheme == "open_clip" and rest:
-        return _dual(name, OpenClipDualEncoder(rest, device), device)
+    if scheme in ("hf", "open_clip") and rest:
+        return _dual(name, scheme, rest, device)
     found = _CALLABLE.fullmatch(name)
     return load_model(name) if found is None else _call(name, found[1], found[2])
 
@@ -188,17 +187,11 @@ def _open_folder(folder: Path, device: str) -> CVLM | OtherModel:
         return load_model(folder)
     if kind in ("cvlm", None):
         return load_model(folder)
-    return _dual(str(folder), TransformersDualEncoder(str(folder), device), device)
+    return _dual(str(folder), "hf", str(folder), device)
 
 
-def _existing(name: str) -> str:
-    path = Path(name).expanduser()
-    if not path.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
-        raise CvlmError(f"'hf:{name}': there is no folder {path}; give the folder that save_pretrained wrote")
-    return str(path) if path.is_dir() else name
-
-
-def _dual(name: str, encoder: TransformersDualEncoder | OpenClipDualEncoder, device: str) -> OtherModel:
+def _dual(name: str, library: str, model: str, device: str) -> OtherModel:
+    encoder = open_dual_encoder(library, model, device)
     return OtherModel(name=name, methods=encoder, device=device, fingerprint=encoder.fingerprint)
 
 

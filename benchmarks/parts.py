@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 
 from cvlm.errors import CvlmError
 from cvlm.files import write_atomic
+from cvlm.progress import Progress
 from distill.store import ArrayStore
 
 KEY = "key.json"
 CHUNK = 256
 """Items after which finished work is on disk."""
-
-Progress = Callable[[int, int], None]
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Score any model on any data: what `cvlm bench` and `cvlm.evaluate` do."""
 
 import json
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from platform import python_version
@@ -14,7 +13,7 @@ from benchmarks.captions import check_installed
 from benchmarks.contamination import find_contamination, refuse_contaminated
 from benchmarks.environment import now, packages
 from benchmarks.models import OtherModel, open_model, probe, served_task
-from benchmarks.parts import Progress, open_parts
+from benchmarks.parts import open_parts
 from benchmarks.result_files import write_result
 from benchmarks.retrieval import protocol, sample_comparison
 from benchmarks.running import run
@@ -22,15 +21,19 @@ from benchmarks.summary import RESAMPLES, TYPE_RESAMPLES, by_type, metrics_of
 from cvlm.api import load_split
 from cvlm.cost import machine_info
 from cvlm.data import CaptionWords, Examples
-from cvlm.data.training_record import TrainingRecord, read_record
 from cvlm.encoders import fingerprint
 from cvlm.errors import CvlmError
+from cvlm.lineage import TrainingRecord, read_record
 from cvlm.model import CVLM
 from cvlm.model.decoder import BEAM
+from cvlm.progress import Progress
 from cvlm.tasks import TASKS
 from cvlm.training import Rerank, RetrievalSettings
 
 AS_GIVEN = "as given; how it was chosen is not known here"
+
+EXHAUSTIVE_SAMPLE = 64
+"""Queries per direction of the sample that shows what re-ranking a few candidates costs, unless the user chooses."""
 
 
 def evaluate(
@@ -39,12 +42,12 @@ def evaluate(
     data: Examples | str | Path | dict[str, Any],
     task: str | None = None,
     split: str = "test",
-    rerank: Rerank = 16,
-    folds: int = 1,
-    exhaustive_sample: int = 64,
+    rerank: Rerank | None = None,
+    folds: int | None = None,
+    exhaustive_sample: int | None = None,
     device: str = "cpu",
     allow_contaminated: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Score a model.
@@ -56,10 +59,11 @@ def evaluate(
             mapping with the keys of a data specification.
         task: must be one that the model serves; needed where it serves several.
         split: `train` or `test`, where `data` has both.
-        rerank: candidates per query that a matching head re-scores, for retrieval; 0 for none, `all` for every pair.
-        folds: ranks retrieval within so many parts of the split: 5 on COCO's test split is the usual "1K".
-        exhaustive_sample: retrieval queries per direction for which every candidate is scored by the matching head too,
-            so that the result says what re-ranking a few costs; 0 for none.
+        rerank: for retrieval, candidates per query that a matching head re-scores: 16 by default, 0 for none, `all` for
+            every pair.
+        folds: for retrieval, ranks within so many parts of the split: 5 on COCO's test split is the usual "1K".
+        exhaustive_sample: for retrieval, queries per direction for which every candidate is scored by the matching head
+            too, so that the result says what re-ranking a few costs: 64 by default, 0 for none.
         device: where to run.
         allow_contaminated: score a model also on what it was trained on; the result carries a stamp.
         progress: called with (done, total).
@@ -70,16 +74,16 @@ def evaluate(
         The result as docs/benchmarks.md describes it.
 
     Raises:
-        CvlmError: model and data do not fit, the split was trained on, or the result cannot be written.
+        CvlmError: model, data and settings do not fit, the split was trained on, or the result cannot be written.
     """
-    retrieval = RetrievalSettings(rerank=rerank, folds=folds, exhaustive_sample=exhaustive_sample)
     _check_device(device)
     opened = open_model(model, device)
     name = "(in memory)" if not isinstance(model, str | Path) else str(model)
     task = served_task(opened, name, task)
+    retrieval = _retrieval_settings(task, rerank=rerank, folds=folds, exhaustive_sample=exhaustive_sample)
     examples = _load(data, split, task, opened, name)
-    ranked = protocol(examples, folds) if TASKS[task].output == "similarity" else None
-    record = read_record(Path(model)) if isinstance(model, str | Path) and Path(model).is_dir() else None
+    ranked = protocol(examples, retrieval.folds) if TASKS[task].output == "similarity" else None
+    record = _record(opened, model)
     stamp = _contamination(record, examples, name, allow_contaminated, progress)
     facts = _facts(name, opened, task, examples, {**_settings(opened, task, retrieval, device), **_named(data)})
     facts |= {"checkpoint": record.checkpoint if record is not None else AS_GIVEN, "contamination": stamp}
@@ -89,7 +93,8 @@ def evaluate(
         key["probe"] = probe(opened, task, examples)
     with open_parts(out, key) as folder:
         prediction, scores = run(opened, task, examples, retrieval, folder, device=device, progress=progress)
-        result = {**facts, "metrics": metrics_of(scores, examples, folds=folds), "by_type": by_type(scores, examples)}
+        metrics = metrics_of(scores, examples, folds=retrieval.folds)
+        result = {**facts, "metrics": metrics, "by_type": by_type(scores, examples)}
         if prediction.retrieved is not None:
             result["protocol"] = ranked
             result["exhaustive_sample"] = sample_comparison(examples, prediction.retrieved)
@@ -156,6 +161,28 @@ def _check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise CvlmError(f"device {device!r} cannot be used here: {reason}; leave it out for the CPU") from error
+
+
+def _retrieval_settings(task: str, **given: Any) -> RetrievalSettings:
+    """Return how candidates are ranked; what is None was not chosen.
+
+    Raises:
+        CvlmError: something was chosen for a task that ranks nothing, or has no such value.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if chosen and TASKS[task].output != "similarity":
+        options = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
+        ranked = ", ".join(name for name, facts in TASKS.items() if facts.output == "similarity")
+        raise CvlmError(f"{options}: that is for {ranked}, and the model is scored on {task!r}; leave it out")
+    return RetrievalSettings(**{"exhaustive_sample": EXHAUSTIVE_SAMPLE, **chosen})
+
+
+def _record(opened: CVLM | OtherModel, model: Any) -> TrainingRecord | None:
+    """Return what is known about a model's training; None where that is nothing."""
+    if isinstance(opened, CVLM):
+        record = opened.training_record
+        return record if record is not None and record.sources else None
+    return read_record(Path(model)) if isinstance(model, str | Path) and Path(model).is_dir() else None
 
 
 def _contamination(

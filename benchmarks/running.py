@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.free_answers import score_answers
+from benchmarks.free_answers import score_free_answers
 from benchmarks.models import OtherModel, answers_of, embeddings_of
-from benchmarks.parts import Progress, keep_rows
+from benchmarks.parts import keep_rows
 from benchmarks.tasks import Scores, score, score_captions
 from cvlm.data import Examples
 from cvlm.model import CVLM
+from cvlm.progress import Progress
 from cvlm.tasks import TASKS
 from cvlm.training import Prediction, RetrievalSettings, model_inputs, predict
 
@@ -48,7 +49,7 @@ def run(
     """
     if isinstance(model, OtherModel):
         if TASKS[task].output != "similarity":
-            return Prediction(), score_answers(task, examples, answers_of(model, examples, folder, progress))
+            return Prediction(), score_free_answers(task, examples, answers_of(model, examples, folder, progress))
         found = embeddings_of(model, examples, retrieval.folds, folder, progress)
         return found, score(task, examples, found)
     prediction = _predict(model, examples, retrieval, folder, device, progress)

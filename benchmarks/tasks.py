@@ -64,9 +64,8 @@ class Scores:
 def score(task: str, examples: Examples, prediction: Prediction) -> Scores:
     """Score a prediction by the task's official rule.
 
-    Answers: accuracy of the highest-scored one, see `answer_accuracy`; `nlvr2` adds consistency, `itm` the accuracy
-    over a caption's two pictures. `retrieval`: see `benchmarks.retrieval`. `captioning`: see `benchmarks.captions`;
-    METEOR and SPICE are left to `score_captions`.
+    Answers: of the highest-scored one, see `score_answers`. `retrieval`: see `benchmarks.retrieval`. `captioning`: see
+    `benchmarks.captions`; METEOR and SPICE are left to `score_captions`.
     """
     if TASKS[task].output == "words":
         assert prediction.captions is not None, "a captioner gives captions"
@@ -77,14 +76,42 @@ def score(task: str, examples: Examples, prediction: Prediction) -> Scores:
         values, clusters = score_retrieval(examples, prediction.retrieved)
         return Scores(values=values, clusters=clusters)
     assert prediction.logits is not None, "a model that answers gives logits"
-    values = {"accuracy": answer_accuracy(examples, prediction.logits.argmax(-1))}
-    clusters = {"accuracy": examples.unit_of}
-    if task == "nlvr2":
-        values["consistency"], clusters["consistency"] = consistency(values["accuracy"], examples.text_of)
-    if task == "itm":
-        values["two_picture_accuracy"] = two_picture_accuracy(prediction.logits)
-        clusters["two_picture_accuracy"] = examples.image_of[: len(values["two_picture_accuracy"])]
+    chosen = prediction.logits.argmax(-1)
+    return score_answers(examples, answer_accuracy(examples, chosen), prediction.logits)
+
+
+def score_answers(
+    examples: Examples, correct: NDArray[np.float64], logits: NDArray[np.float32] | None = None
+) -> Scores:
+    """Return every metric of a task that answers, whoever answered.
+
+    Accuracy; over two pictures (`nlvr2`) consistency too; of captions that stand with a right and a wrong picture
+    (`itm`) also the accuracy over the two.
+
+    Args:
+        examples: the split.
+        correct: `[n]` score of each pair's answer.
+        logits: `[n, n_answers]`, for the pairs of `matching_pairs` alone.
+    """
+    values, clusters = {"accuracy": correct}, {"accuracy": examples.unit_of}
+    if examples.image_of.ndim == 2 and examples.image_of.shape[1] == 2:
+        values["consistency"], clusters["consistency"] = consistency(correct, examples.text_of)
+    if logits is not None and _is_matching(examples):
+        values["two_picture_accuracy"] = two_picture_accuracy(logits)
+        clusters["two_picture_accuracy"] = examples.image_of[: len(examples) // 2]
     return Scores(values=values, clusters=clusters)
+
+
+def _is_matching(examples: Examples) -> bool:
+    """Whether these are the pairs of `matching_pairs`: captions with their pictures, then the same with wrong ones."""
+    n, odd = divmod(len(examples), 2)
+    return (
+        examples.answers == TASKS["itm"].answers
+        and not odd
+        and isinstance(examples.labels, np.ndarray)
+        and bool((examples.labels == np.repeat([MATCH, MISMATCH], n)).all())
+        and bool((examples.text_of[:n] == examples.text_of[n:]).all())
+    )
 
 
 def score_captions(examples: Examples, captions: Sequence[str], *, java: bool = False) -> Scores:
@@ -143,6 +170,8 @@ def answer_accuracy(examples: Examples, chosen: NDArray[np.int64]) -> NDArray[np
 def majority(train: Examples, test: Examples) -> Scores:
     """Score the honest baseline of tasks that answer: the most frequent training answer to the same text, else overall.
 
+    It sees no picture, so over a caption's two pictures it is at chance.
+
     For captioning it says the most frequent training caption about every picture; of several, the first by alphabet. It
     sees every training label, also those that the student does not.
     """
@@ -161,7 +190,8 @@ def majority(train: Examples, test: Examples) -> Scores:
     best = {text: counts.most_common(1)[0][0] for text, counts in per_text.items() if counts}
     fallback = overall.most_common(1)[0][0]
     guess = np.array([best.get(test.texts[text], fallback) for text in test.text_of])
-    return Scores(values={"accuracy": answer_accuracy(test, guess)}, clusters={"accuracy": test.unit_of})
+    said = np.stack([guess == answer for answer in (MISMATCH, MATCH)], axis=1).astype(np.float32)
+    return score_answers(test, answer_accuracy(test, guess), said)
 
 
 def _answers_of(examples: Examples, position: int) -> dict[int, float]:

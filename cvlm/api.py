@@ -33,6 +33,7 @@ from cvlm.training import (
     teacher_inputs,
     train_phase,
 )
+from cvlm.training.lineage import record_of_training
 from distill import DistillError, Objective, Teacher, build_objective, check_requirements
 from distill import load_teacher as load_other_teacher
 
@@ -161,6 +162,10 @@ def distill(
         report: called with (step, steps, loss).
         **phase: keys of `PhaseSpec`, such as `epochs`, `batch_size`, `learning_rate`. `pairs` is `all` by default.
 
+    Afterwards `model.training_record` says what the model was trained on, its start and its teacher included, and
+    `save_pretrained` writes it. For that every training picture is decoded once before the first step, unless an
+    earlier record knows the split.
+
     Raises:
         DistillError: an objective needs what a side cannot give; raised before the first step.
     """
@@ -183,6 +188,8 @@ def distill(
         spec = PhaseSpec(**{"pairs": "all", **phase}, objectives=specs)
     except ValidationError as error:
         raise CvlmError(f"cvlm.distill: {_problems(error)}") from error
+    read = source if any(term.teacher_needs for term in terms) else None
+    record = record_of_training(model, read, data, phase="cvlm.distill", streamed=stream is not None)
     with TemporaryDirectory() as scratch:
         store = Path(features) if features is not None else Path(scratch) / "features"
         inputs = model_inputs(model, data, store if stream is None else None, device=device)
@@ -201,6 +208,7 @@ def distill(
         )
         cost, log = train_phase(job)
         clear_checkpoints(job.folder)
+    model.training_record = record
     return DistillResult(model=model, cost=cost, log=log)
 
 

@@ -16,6 +16,7 @@ from cvlm.api import build as build_model
 from cvlm.cli.console import Console
 from cvlm.cli.data import data
 from cvlm.cli.doctor import doctor
+from cvlm.cli.experiment import Experiment
 from cvlm.cli.run import RANK, Run
 from cvlm.cli.targets import targets
 from cvlm.config import load_recipe
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Run a recipe and print its tables."""
     console = Console(quiet=arguments.quiet)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    metrics = Run(recipe=recipe, out=arguments.out, console=console).execute()
+    metrics = Run(Experiment(recipe=recipe, out=arguments.out, console=console)).execute()
     results, comparisons = result_table(metrics), comparison_table(metrics)
     title = f"Results: {metrics['task']}, {metrics['split']} split, n = {metrics['n']}"
     console.table(title, results.header, results.rows)
@@ -74,8 +75,8 @@ def train(arguments: argparse.Namespace) -> None:
     """Run one phase of a recipe."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     seed = arguments.seed if arguments.seed is not None else recipe.seeds[0]
-    experiment = Run(recipe=recipe, out=arguments.out, console=Console(arguments.quiet))
-    folder = experiment.execute_phase(arguments.phase, seed)
+    experiment = Experiment(recipe=recipe, out=arguments.out, console=Console(arguments.quiet))
+    folder = Run(experiment).execute_phase(arguments.phase, seed)
     if RANK == 0:
         print(f"saved to {folder}")
 

@@ -1,5 +1,6 @@
 """What a trained arm learned from: its own split, and everything that its start and its teacher were trained on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cvlm.config import (
@@ -8,14 +9,11 @@ from cvlm.config import (
     Recipe,
     SavedTeacherSpec,
 )
-from cvlm.data.training_record import DataSource, TrainingRecord, merge_sources, read_record
-
-LAST_STEP = "last step of the phase; no selection on the scored split"
-"""Which weights a phase leaves behind; every result of `cvlm bench` says so."""
+from cvlm.lineage import DataSource, TrainingRecord, inherit, read_record
 
 
 def training_record(
-    recipe: Recipe, run: Path, phase: str, *, seed: int, taught: bool, own: DataSource
+    recipe: Recipe, run: Path, phase: str, *, seed: int, taught: bool, own: DataSource, beyond: Sequence[str] = ()
 ) -> TrainingRecord:
     """Describe what the model of one phase and seed was trained on.
 
@@ -26,13 +24,11 @@ def training_record(
         seed: of it.
         taught: whether an objective of the phase read the teacher.
         own: the training split.
+        beyond: what that leaves out.
     """
-    sources, unknown = [own.model_copy(update={"used_by": (phase,)})], list[str]()
-    for name, folder in _learned_from(recipe, run, phase, seed, taught).items():
-        record = read_record(folder) if folder is not None else None
-        sources += record.sources if record is not None else ()
-        unknown += record.unknown if record is not None else (f"{name}: no record of its training data",)
-    return TrainingRecord(checkpoint=LAST_STEP, sources=merge_sources(sources), unknown=tuple(dict.fromkeys(unknown)))
+    learned_from = _learned_from(recipe, run, phase, seed, taught).items()
+    records = [(name, read_record(folder) if folder is not None else None) for name, folder in learned_from]
+    return inherit(own.model_copy(update={"used_by": (phase,)}), records, beyond)
 
 
 def _learned_from(recipe: Recipe, run: Path, phase: str, seed: int, taught: bool) -> dict[str, Path | None]:

@@ -97,15 +97,17 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--task", help="one that the model serves; needed where it serves several")
     bench.add_argument("--split", default="test", help="train or test")
     bench.add_argument(
-        "--rerank", type=_number_or_all, default=16, help="candidates per query that a matching head re-scores, or all"
+        "--rerank",
+        type=_number_or_all,
+        help="retrieval candidates per query that a matching head re-scores, or all (default: 16)",
     )
-    bench.add_argument("--folds", type=int, default=1, help="rank retrieval within so many parts of the split")
+    bench.add_argument("--folds", type=int, help="rank retrieval within so many parts of the split (default: 1)")
     bench.add_argument(
         "--exhaustive-sample",
         type=int,
-        default=64,
         metavar="QUERIES",
-        help="retrieval queries whose every candidate is re-scored too, to show what --rerank leaves out; 0 for none",
+        help="retrieval queries whose every candidate is re-scored too, to show what --rerank leaves out; 0 for none "
+        "(default: 64)",
     )
     bench.add_argument("--device", default="cpu", help="where to run, such as cuda")
     bench.add_argument(

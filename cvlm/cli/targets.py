@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvlm.cli.console import Console
+from cvlm.cli.experiment import Experiment
 from cvlm.cli.run import Run
 from cvlm.config import load_recipe
 from cvlm.data import UNLABELLED, Examples, SoftLabels
@@ -28,7 +29,8 @@ def targets(arguments: argparse.Namespace) -> None:
     """Run `cvlm targets ACTION`."""
     if arguments.action == "build":
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        for line in Run(recipe=recipe, out=arguments.out, console=Console(arguments.quiet)).store_teacher():
+        experiment = Experiment(recipe=recipe, out=arguments.out, console=Console(arguments.quiet))
+        for line in Run(experiment).store_teacher():
             print(line)
         return
     folders = sorted(path.parent for path in (arguments.run / "targets").glob("*/done.json"))
@@ -38,27 +40,28 @@ def targets(arguments: argparse.Namespace) -> None:
             f"{arguments.run} holds no targets; cvlm targets build RECIPE --out {arguments.run} stores some"
         )
     recipe = load_recipe(arguments.run / "recipe.yaml")
-    run = Run(recipe=recipe, out=arguments.run, console=Console(quiet=True))
+    experiment = Experiment(recipe=recipe, out=arguments.run, console=Console(quiet=True))
     if arguments.action == "verify":
-        verify(run, folders, imitation)
+        verify(experiment, folders, imitation)
     else:
-        inspect(run, folders, imitation)
+        inspect(experiment, folders, imitation)
 
 
-def verify(run: Run, folders: list[Path], imitation: Path) -> None:
+def verify(experiment: Experiment, folders: list[Path], imitation: Path) -> None:
     """Check everything that is stored; prints what is well.
 
     Raises:
         CvlmError: with one line per problem.
     """
-    problems = [f"{folder}: {problem}" for folder in folders for problem in _store_problems(folder, run.data.train)]
-    if folders and not problems and run.target_name not in {folder.name for folder in folders}:
+    train = experiment.data.train
+    problems = [f"{folder}: {problem}" for folder in folders for problem in _store_problems(folder, train)]
+    if folders and not problems and experiment.target_name not in {folder.name for folder in folders}:
         problems.append(
-            f"{run.out / 'targets'}: none of {len(folders)} is of this recipe's teacher, data and objectives "
-            f"({run.target_name}); cvlm run would build them again"
+            f"{experiment.out / 'targets'}: none of {len(folders)} is of this recipe's teacher, data and objectives "
+            f"({experiment.target_name}); cvlm run would build them again"
         )
     if imitation.is_dir():
-        problems += [f"{imitation}: {problem}" for problem in _answer_problems(imitation, run.data.train)]
+        problems += [f"{imitation}: {problem}" for problem in _answer_problems(imitation, train)]
     if problems:
         raise CvlmError("\n  - ".join([f"{len(problems)} problem(s)", *problems]))
     print(
@@ -66,9 +69,9 @@ def verify(run: Run, folders: list[Path], imitation: Path) -> None:
     )
 
 
-def inspect(run: Run, folders: list[Path], imitation: Path) -> None:
+def inspect(experiment: Experiment, folders: list[Path], imitation: Path) -> None:
     """Print sizes, how sure the teacher is, and how often it agrees with the labels."""
-    console, train = Console(), run.data.train
+    console, train = Console(), experiment.data.train
     for folder in folders:
         store = ArrayStore(folder, len(train))
         if not store.complete:

@@ -34,7 +34,10 @@ def load_data(
     made_for = {"easy_vqa": "vqa", "openmoji": "retrieval", "tweets": "text"}.get(spec.kind, base)
     if made_for != base:
         serves = ", ".join(name for name, facts in TASKS.items() if facts.data == made_for)
-        raise CvlmError(f"data kind {spec.kind!r} is made for task {serves}; the recipe says {task!r}")
+        raise CvlmError(
+            f"data kind {spec.kind!r} is made for task {serves}, not for {task!r}; take other data, or a model or a "
+            "recipe of that task"
+        )
     if isinstance(spec, StreamData):
         return from_stream.load(spec, task)
     words = None

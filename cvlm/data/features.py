@@ -1,6 +1,6 @@
 """Outputs of frozen encoders, computed once per picture and per distinct text and read from disk ever after."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -13,10 +13,9 @@ from torch import nn
 
 from cvlm.data.examples import Picture
 from cvlm.encoders import EncoderOutput, fingerprint
+from cvlm.progress import Progress
 from distill.layout import ImageLayout, TextLayout
 from distill.store import ArrayStore
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)

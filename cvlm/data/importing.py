@@ -7,7 +7,7 @@ once its index file stands; after a kill the same command writes what is missing
 import gc
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -35,8 +35,7 @@ from cvlm.data.shard_index import (
 from cvlm.data.shard_jobs import ShardJob, cores, write_shards
 from cvlm.data.shards import Written, make_key
 from cvlm.errors import CvlmError
-
-Progress = Callable[[int, int], None]
+from cvlm.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,69 +1,14 @@
-"""`training_data.json` beside a trained model: which pictures and texts it, and its teacher, were trained on.
-
-Pictures stand there as the first 16 digits of their file's SHA-256 and as perceptual hashes; texts as 16 digits of a
-SHA-256 over id and wording, because ids alone (`0`, `1`, ...) mean nothing across data sets. So the file gives away
-neither pictures nor texts, and says whether a split holds one that was trained on.
-"""
+"""From a split to its part of a training record (`cvlm.lineage`): digests of pictures and texts, perceptual hashes."""
 
 import json
-from collections.abc import Callable, Sequence
 from hashlib import sha256
-from pathlib import Path
-from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, StringConstraints, ValidationError
-
-from cvlm.config import Strict
 from cvlm.data.examples import Examples, Picture
 from cvlm.data.pixels import perceptual_hash
-from cvlm.errors import CvlmError
-from cvlm.files import write_atomic
+from cvlm.lineage import DataSource
+from cvlm.progress import Progress
 
-TRAINING_DATA = "training_data.json"
-SCHEMA: Literal["cvlm-training-data/1"] = "cvlm-training-data/1"
 DIGITS = 16
-
-Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{16}$")]
-Progress = Callable[[int, int], None]
-
-
-class DataSource(Strict):
-    """One split that something was trained on.
-
-    Attributes:
-        data: name of the data set.
-        split: of it.
-        fingerprint: of the split, see `Examples.fingerprint`.
-        used_by: phases that saw it, the teacher's included.
-        pairs: how many image-text pairs it has.
-        pictures: digests of the picture files.
-        texts: digests of ids with their wording; empty where the source has no ids.
-        looks: perceptual hashes of the pictures.
-    """
-
-    data: str
-    split: str
-    fingerprint: str
-    used_by: tuple[str, ...]
-    pairs: NonNegativeInt
-    pictures: tuple[Digest, ...]
-    texts: tuple[Digest, ...]
-    looks: tuple[Digest, ...]
-
-
-class TrainingRecord(Strict):
-    """Everything that a model was trained on, as far as it is known; pretraining of its encoders is not.
-
-    Attributes:
-        checkpoint: which step's weights the model has, and what that choice looked at.
-        sources: the splits.
-        unknown: teachers without a record of their own.
-    """
-
-    schema_: Literal["cvlm-training-data/1"] = Field(default=SCHEMA, alias="schema")
-    checkpoint: str
-    sources: tuple[DataSource, ...]
-    unknown: tuple[str, ...] = ()
 
 
 def picture_digests(picture: Picture) -> tuple[str, ...]:
@@ -114,34 +59,6 @@ def source_of(examples: Examples, progress: Progress | None = None) -> DataSourc
     )
 
 
-def merge_sources(sources: Sequence[DataSource]) -> tuple[DataSource, ...]:
-    """List every split once, with all phases that used it."""
-    merged: dict[tuple[str, str], DataSource] = {}
-    for source in sources:
-        place = (source.fingerprint, source.split)
-        used = merged[place].used_by if place in merged else ()
-        merged[place] = source.model_copy(update={"used_by": tuple(dict.fromkeys([*used, *source.used_by]))})
-    return tuple(merged.values())
-
-
-def write_record(folder: Path, record: TrainingRecord) -> None:
-    """Write `training_data.json` into a model's folder."""
-    write_atomic(folder / TRAINING_DATA, json.dumps(record.model_dump(mode="json", by_alias=True)).encode())
-
-
-def read_record(path: Path) -> TrainingRecord | None:
-    """Read the record of a model folder, or the file itself; None if there is none.
-
-    Raises:
-        CvlmError: the file is damaged.
-    """
-    file = path / TRAINING_DATA if path.is_dir() else path
-    if not file.is_file():
-        return None
-    try:
-        return TrainingRecord.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        first = str(error).replace("\n", " ")[:200]
-        raise CvlmError(
-            f"{file} is no record of training data, or damaged: {first}; delete it or train again"
-        ) from error
+def beyond_first(streamed: Examples) -> str:
+    """Say what a record leaves out of a stream, of which it knows the first pairs."""
+    return f"{streamed.name}: streamed, not recorded beyond its first {len(streamed)} pairs"

@@ -5,7 +5,7 @@ The same comparison shows what a teacher has seen of each split, where somebody 
 
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import combinations
@@ -14,10 +14,10 @@ from pathlib import Path
 from cvlm.data.pixels import perceptual_hash, safe_name
 from cvlm.data.shard_index import INDEX, FolderIndex, ShardEntry, read_folder_index, read_shard_index
 from cvlm.data.shards import ShardReader
-from cvlm.data.training_record import TRAINING_DATA, file_digest, picture_digests, read_record, text_digest
+from cvlm.data.training_record import file_digest, picture_digests, text_digest
 from cvlm.errors import CvlmError
-
-Progress = Callable[[int, int], None]
+from cvlm.lineage import TRAINING_DATA, read_record
+from cvlm.progress import Progress
 
 TEACHER = "teacher"
 _SHA256 = re.compile("[0-9a-f]{64}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cvlm.config import StudentSpec
 from cvlm.encoders import EncoderOutput, keep_frozen_in_eval
 from cvlm.errors import CvlmError, unknown_name
+from cvlm.lineage import TrainingRecord
 from cvlm.model.decoder import BEAM, WordDecoder
 from cvlm.model.heads import AnswerHead, EmbeddingHead, MatchingHead, hard_negatives, masked_mean
 from cvlm.tasks import SPECIAL_WORDS, TASKS
@@ -57,7 +58,13 @@ class CVLM(nn.Module):
     Raises:
         CvlmError: the task is unknown, it lacks at least two different answers or has others than its own, its fusion
             kind cannot serve it, or an encoder lacks part of the protocol.
+
+    Attributes:
+        training_record: what it was trained on; saved and loaded with it. None where nobody knows, as after training
+            that `cvlm.distill` does not do: train mode and `load_state_dict` take the record away.
     """
+
+    training_record: TrainingRecord | None = None
 
     def __init__(
         self, spec: StudentSpec, *, task: str, vision: nn.Module, text: nn.Module, answers: tuple[str, ...] = ()
@@ -113,11 +120,18 @@ class CVLM(nn.Module):
         push_model(self, repository, private=private, standalone=standalone)
 
     def train(self, mode: bool = True) -> Self:
-        """Set train mode, except for frozen encoders, of whatever class: they stay in eval."""
+        """Set train mode, except for frozen encoders, of whatever class: they stay in eval. Forgets the record."""
         super().train(mode)
+        if mode:
+            self.training_record = None  # what it learns from now on is known to nobody but who trains it
         for encoder in self.towers.values():
             keep_frozen_in_eval(encoder)
         return self
+
+    def load_state_dict(self, *arguments: Any, **settings: Any) -> Any:
+        """Load weights as every module does. Forgets the record: nothing says what these were trained on."""
+        self.training_record = None
+        return super().load_state_dict(*arguments, **settings)
 
     @property
     def towers(self) -> dict[str, nn.Module]:

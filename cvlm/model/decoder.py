@@ -25,8 +25,8 @@ BEAM = 3
 _READ: dict[tuple[str, tuple[str, ...]], Tensor] = {}
 """What the last text encoder said of the last vocabulary: all arms and seeds of a run share both."""
 
-Step = Callable[[Tensor], Tensor]
-"""Turns prefixes `[n, t]` of words into the log-probabilities `[n, V]` of the word behind each."""
+Step = Callable[[Tensor, Tensor], Tensor]
+"""Turns prefixes `[n, t]` of words about the pictures `[n]` into the log-probabilities `[n, V]` of each next word."""
 
 
 class WordDecoder(nn.Module):
@@ -87,15 +87,13 @@ class WordDecoder(nn.Module):
             `[b, longest]`, the sign for the end included, `PADDING` behind it.
         """
         table = self._table(fusion)
-        tokens, mask = (part.repeat_interleave(beam, dim=0) for part in (image.tokens, image.mask))
-        pictures = replace(image, tokens=tokens, mask=mask)
 
-        def step(prefix: Tensor) -> Tensor:
-            keep = prefix != PADDING  # captions that have ended are run along
-            fused = self._fuse(fusion, pictures, table[prefix.clamp_min(0)], keep, Request())
+        def step(prefix: Tensor, picture: Tensor) -> Tensor:
+            shown = replace(image, tokens=image.tokens[picture], mask=image.mask[picture])
+            fused = self._fuse(fusion, shown, table[prefix], torch.ones_like(prefix, dtype=torch.bool), Request())
             return self._logits(fused.text[:, -1], table).log_softmax(-1)
 
-        return beam_search(step, len(image.tokens), beam=beam, longest=longest, device=tokens.device)
+        return beam_search(step, len(image.tokens), beam=beam, longest=longest, device=image.tokens.device)
 
     def _table(self, fusion: Fusion) -> Tensor:
         return fusion.text_projection(self.features.to(self.bias.dtype)) + self.own
@@ -140,7 +138,7 @@ def beam_search(step: Step, batch: int, *, beam: int, longest: int, device: torc
     The unknown word and the sign for the start are never said, and a caption has at least one word.
 
     Args:
-        step: the model, over `batch * beam` prefixes, those of one picture next to each other.
+        step: the model; it is asked about captions that have not ended, and about all at once.
         batch: b.
         beam: how many captions per picture are followed.
         longest: places of a caption, the end included; one that has not ended by then is cut.
@@ -154,7 +152,10 @@ def beam_search(step: Step, batch: int, *, beam: int, longest: int, device: torc
     total = torch.zeros(batch, beam, device=device).masked_fill(torch.arange(beam, device=device) > 0, -torch.inf)
     length, ended = torch.zeros_like(total), torch.zeros_like(total, dtype=torch.bool)
     for place in range(longest):
-        log_p = step(words.flatten(0, 1)).float().unflatten(0, (batch, beam))
+        picture, entry = (~ended).nonzero(as_tuple=True)
+        said = step(words[picture, entry], picture).float()
+        log_p = said.new_zeros(batch, beam, said.shape[-1])
+        log_p[picture, entry] = said
         log_p[..., [UNKNOWN, START] if place else [UNKNOWN, START, END]] = -torch.inf
         stay = torch.full_like(log_p, -torch.inf)
         stay[..., END] = 0

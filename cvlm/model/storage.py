@@ -1,5 +1,7 @@
 """Saving and loading a CVLM the way the ecosystem expects: config.json, model.safetensors, answers.json, README.md.
 
+Beside them stands training_data.json where it is known what the model was trained on, see `cvlm.lineage`.
+
 A frozen encoder that was loaded by name is stored by reference: its name and the SHA-256 of its weights, checked when
 the model is loaded. So a model is a few megabytes. `standalone=True` stores every tensor instead. Nothing is pickled.
 """
@@ -18,6 +20,7 @@ from torch import nn
 from cvlm.config import StudentSpec
 from cvlm.encoders import fingerprint, is_frozen, load_text_encoder, load_vision_encoder, set_trainable
 from cvlm.errors import CvlmError
+from cvlm.lineage import TRAINING_DATA, UNTRAINED, read_record, write_record
 from cvlm.model.cvlm import CVLM
 from cvlm.model.text_only import TextClassifier
 
@@ -43,6 +46,7 @@ def compose(
         if not is_frozen(model.text):
             raise CvlmError(f"task {task!r} lets the text encoder read each word once; set its train to frozen")
         model.decoder.read_vocabulary(model.text, model.answers)
+    model.training_record = UNTRAINED
     return model
 
 
@@ -92,6 +96,9 @@ def save_model(model: CVLM, folder: str | Path, *, standalone: bool = False) -> 
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / ANSWERS).write_text(json.dumps(model.answers, ensure_ascii=False, indent=0), encoding="utf-8")
         (folder / CARD).write_text(model_card(model), encoding="utf-8")
+        (folder / TRAINING_DATA).unlink(missing_ok=True)
+        if model.training_record is not None and model.training_record.sources:
+            write_record(folder, model.training_record)
         (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CvlmError(f"cannot write the model to {folder}: {error}") from error
@@ -106,7 +113,8 @@ def load_model(name: str | Path, *, vision: nn.Module | None = None, text: nn.Mo
         text: likewise for text.
 
     Raises:
-        CvlmError: there is no complete model, an encoder has changed since, or weights do not fit by name.
+        CvlmError: there is no complete model, an encoder has changed since, weights do not fit by name, or the record
+            of training data is damaged.
     """
     folder = _locate(name)
     config = _read_config(folder)
@@ -127,6 +135,7 @@ def load_model(name: str | Path, *, vision: nn.Module | None = None, text: nn.Mo
     for tower, expected in referenced.items():
         _check_reference(model, tower, expected, folder)
     _load_strictly(model, set(referenced), folder)
+    model.training_record = read_record(folder)
     return model.eval()
 
 
@@ -175,7 +184,7 @@ def _locate(name: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS, ANSWERS]))
+        return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS, ANSWERS, TRAINING_DATA]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CvlmError(f"{str(name)!r} is no folder, and the hub did not give it: {error}") from error
 

@@ -22,9 +22,9 @@ from cvlm.config import ImitationSpec
 from cvlm.cost import count_flops
 from cvlm.data import UNLABELLED, Examples, SoftLabels
 from cvlm.data.answers import normal_form
-from cvlm.data.features import Progress
 from cvlm.errors import CvlmError
 from cvlm.files import write_atomic
+from cvlm.progress import Progress
 from cvlm.training.inputs import move
 from cvlm.training.target import LiveTarget
 from distill import Request

@@ -12,9 +12,9 @@ from torch import nn
 
 from cvlm.cost import PhaseMeter, count_flops
 from cvlm.data import CaptionWords, Examples, StoredTokens, encode_once
-from cvlm.data.features import Progress
 from cvlm.encoders import EncoderOutput, is_frozen
 from cvlm.model import CVLM
+from cvlm.progress import Progress
 
 Indices = NDArray[np.int64]
 

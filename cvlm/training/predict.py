@@ -10,11 +10,10 @@ from torch import Tensor
 
 from cvlm.cost import count_flops
 from cvlm.model import CVLM
+from cvlm.progress import Progress
 from cvlm.training.inputs import Indices, ModelInputs, move
 from cvlm.training.retrieval import RetrievalSettings, Retrieved, retrieve
 from distill import Signal
-
-Progress = Callable[[int, int], None]
 
 DEFAULTS = RetrievalSettings()
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from cvlm.cost import count_flops
 from cvlm.errors import CvlmError
 from cvlm.model import CVLM, Projected
+from cvlm.progress import Progress
 from cvlm.training.candidates import NONE, Candidates, fold_candidates, fold_members, image_of_texts, make_folds
 from cvlm.training.inputs import Indices, ModelInputs, move
 from distill.layout import ImageLayout
 
-Progress = Callable[[int, int], None]
 Rerank = int | Literal["all"]
 
 SAMPLE_SEED = 64

@@ -14,7 +14,7 @@ from PIL.Image import Image
 
 from cvlm.cost import count_flops
 from cvlm.data import Examples
-from cvlm.data.features import Progress
+from cvlm.progress import Progress
 from cvlm.training.inputs import ModelInputs, model_inputs, move
 from cvlm.training.teacher import CvlmTeacher
 from distill import Request, Signal, Teacher

@@ -107,6 +107,7 @@ def initialise_from_teacher(student: CVLM, teacher: Teacher) -> list[str]:
             f"no tensor of the teacher {teacher.name} fits the student's fusion module; take the same kind, width and "
             "expansion (kind merged for FLAVA), or initialise_fusion: random"
         )
+    student.training_record = None  # what the teacher was trained on now stands in its weights too
     return copied
 
 

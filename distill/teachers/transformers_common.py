@@ -156,7 +156,7 @@ def load_model(source: str, architecture: Any, **settings: Any) -> Any:
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise DistillError(
-            f"{source!r} lacks {len(missing)} weights of {architecture.__name__}: {', '.join(missing[:5])}"
+            f"{source!r} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}; give a complete checkpoint"
         )
     return model.eval().requires_grad_(False)

@@ -1,5 +1,6 @@
 """Tasks that answer, beyond vqa: scores by hand, what the bootstrap resamples, and the majority baseline."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from data_files import write_nlvr2, write_snli_ve
 
+from benchmarks.free_answers import score_free_answers
 from benchmarks.tasks import consistency, majority, score, two_picture_accuracy
 from cvlm.config import ShardsData
 from cvlm.data import Examples, PictureFile, Splits, load_data
@@ -86,6 +88,61 @@ def test_the_majority_of_nlvr2_goes_by_statement() -> None:
     scores = majority(train, test)
     assert scores.values["accuracy"].tolist() == [1, 1, 0], "'new' gets the overall majority, true"
     assert scores.clusters["accuracy"].tolist() == [0, 1, 2]
+    assert scores.values["consistency"].tolist() == [1, 1, 0]
+
+
+PEOPLE = (("true",) * 10, ("false",) * 10, ("true",) * 10)
+
+
+def test_every_result_of_nlvr2_has_both_metrics() -> None:
+    """Our models, answers in words, whatever labels the data has, and the baseline."""
+    data = examples("nlvr2", image_of=[[0, 1], [2, 3], [0, 2]], text_of=[0, 0, 1], labels=[0, 1, 0])
+    train = examples("nlvr2", image_of=[[0, 1]] * 3, text_of=[0, 1, 2], labels=[0, 0, 0])
+    words = ["True", "true", " true"]
+    for scores in (
+        score("nlvr2", data, chosen([0, 0, 0], 2)),
+        score_free_answers("nlvr2", data, words),
+        score_free_answers("nlvr2", replace(data, truths=("true", "false", "true")), words),
+        score_free_answers("nlvr2", replace(data, references=PEOPLE), ["true"] * 3),
+        majority(train, data),
+    ):
+        assert {name: values.tolist() for name, values in scores.values.items()} == {
+            "accuracy": [1, 0, 1],
+            "consistency": [0, 1],
+        }
+        assert {name: units.tolist() for name, units in scores.clusters.items()} == {
+            "accuracy": [0, 0, 1],
+            "consistency": [0, 1],
+        }
+
+
+def test_the_majority_of_matching_is_at_chance_over_two_pictures() -> None:
+    train = matching_pairs(examples("itm", image_of=[0, 1, 2], text_of=[0, 1, 2], labels=[0, 1, 2]))
+    scores = majority(train, train)
+    assert scores.values["accuracy"].mean() == 0.5
+    assert scores.values["two_picture_accuracy"].tolist() == [0.5] * 3
+    assert scores.clusters["two_picture_accuracy"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"labels": np.array([0, 1, 1, 0])},  # not first the right pictures, then the wrong ones
+        {"text_of": np.array([0, 1, 1, 0])},  # not the same captions twice
+        {"answers": ("never", "always")},  # questions of another task
+    ],
+)
+def test_two_pictures_need_the_order_of_matching_pairs(changed: dict[str, Any]) -> None:
+    captions = examples("itm", image_of=[0, 1], text_of=[0, 1], labels=[0, 1], texts=("a", "b"))
+    data = matching_pairs(captions)
+    assert set(score("itm", data, chosen([1, 1, 0, 0], 2)).values) == {"accuracy", "two_picture_accuracy"}
+    assert set(score("itm", replace(data, **changed), chosen([1, 1, 0, 0], 2)).values) == {"accuracy"}
+
+
+def test_words_without_an_answer_list_are_wrong_outside_the_vocabulary() -> None:
+    data = examples("vqa", image_of=[0, 1, 2], text_of=[0, 1, 2], labels=[0, 1, 1])
+    data = replace(data, answers=("red", "blue"))
+    assert score_free_answers("vqa", data, ["red", "Blue", "teal"]).values["accuracy"].tolist() == [1, 0, 0]
 
 
 def test_limit_keeps_pairs_of_pictures_together() -> None:

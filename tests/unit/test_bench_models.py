@@ -109,15 +109,26 @@ class TestRefusedDuals:
         state = load_file(tmp_path / "model.safetensors")
         del state["visual_projection.weight"]
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(CvlmError, match=r"lacks 1 weights of CLIPModel, for instance visual_projection\.weight"):
+        with pytest.raises(CvlmError, match=r"lacks 1 weights of CLIPModel: visual_projection\.weight; give"):
+            evaluate(tmp_path, data=colour_pairs(6))
+
+    def test_a_model_without_one_vector_per_picture(
+        self, duals: dict[str, str], tmp_path: Path, colour_pairs: Pairs
+    ) -> None:
+        for path in Path(duals["Siglip"]).iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["vision_config"]["vision_use_head"] = False
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CvlmError, match="gives features of shape None, not one vector each"):
             evaluate(tmp_path, data=colour_pairs(6))
 
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("hf:./nowhere", "there is no folder nowhere"),
-            ("open_clip:ViT-B-99/x", "unknown open_clip model 'ViT-B-99'"),
-            ("open_clip:ViT-B-32", "names no weights"),
+            ("hf:./nowhere", "no folder './nowhere'; give a folder written by save_pretrained"),
+            ("open_clip:ViT-B-99/x", "no open_clip model 'ViT-B-99'; did you mean"),
+            ("open_clip:ViT-B-32", "open_clip has no weights '' of ViT-B-32; append one of /"),
         ],
     )
     def test_names(self, colour_pairs: Pairs, name: str, message: str) -> None:

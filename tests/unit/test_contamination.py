@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,28 +12,37 @@ from data_files import write_karpathy, write_picture, write_vqav2
 
 from benchmarks.contamination import find_contamination, shared_between
 from benchmarks.runner import evaluate
-from cvlm.cli.lineage import LAST_STEP, training_record
+from cvlm.api import build, distill, load_teacher
+from cvlm.cli.lineage import training_record
 from cvlm.cli.main import main
 from cvlm.config import ShardsData, parse_recipe
 from cvlm.data import Examples, PictureFile, load_data
 from cvlm.data.importing import ImportSettings, import_data
 from cvlm.data.shards import ShardReader
-from cvlm.data.training_record import (
-    TRAINING_DATA,
-    DataSource,
-    TrainingRecord,
-    file_digest,
-    merge_sources,
-    read_record,
-    source_of,
-    text_digest,
-    write_record,
-)
+from cvlm.data.training_record import file_digest, source_of, text_digest
 from cvlm.data.verifying import verify
 from cvlm.errors import CvlmError
-from cvlm.model import compose
+from cvlm.lineage import (
+    LAST_STEP,
+    TRAINING_DATA,
+    UNTRAINED,
+    DataSource,
+    TrainingRecord,
+    merge_sources,
+    read_record,
+    write_record,
+)
+from cvlm.model import CVLM, compose
+from cvlm.training import CvlmTeacher, PeerTeacher, initialise_from_teacher
+from cvlm.training.lineage import record_of_training
 
 Data = Callable[..., Examples]
+BY_NAME: dict[str, Any] = {
+    "vision": {"name": "package:efficientnet_lite0", "image_size": 32},
+    "text": "package:minilm_l6",
+    "task": "vqa",
+    "fusion": {"kind": "cross", "width": 32, "depth": 1},
+}
 
 
 def record_of(*examples: Examples, unknown: tuple[str, ...] = ()) -> TrainingRecord:
@@ -155,6 +165,124 @@ class TestGuard:
     def test_new_data_passes(self, model: Path, tmp_path: Path, colour_vqa: Data) -> None:
         test = repainted(colour_vqa(12), tmp_path / "new")
         assert evaluate(model, data=test)["contamination"]["verdict"] == "clean"
+
+
+class TestApi:
+    """What `cvlm.distill` trained says so wherever it is loaded, and says nothing that nobody knows."""
+
+    @pytest.fixture
+    def make(self, tiny_spec: Any) -> Callable[..., CVLM]:
+        return lambda **fusion: compose(tiny_spec("cross", **fusion), task="vqa", answers=("red", "green", "blue"))
+
+    @pytest.fixture
+    def data(self, tmp_path: Path, colour_vqa: Data) -> dict[str, Examples]:
+        """Three sets of pairs about pictures of their own."""
+        made = {name: repainted(colour_vqa(8), tmp_path / name, 100 * i) for i, name in enumerate(("a", "b", "new"))}
+        return {name: replace(examples, name=name) for name, examples in made.items()}
+
+    def train(self, model: CVLM, data: Examples, teacher: Any = None, **settings: Any) -> CVLM:
+        objectives = ["labels"] if teacher is None else ["labels", "logits"]
+        return distill(model, teacher, data=data, objectives=objectives, epochs=1, batch_size=8, **settings).model
+
+    def test_saved_loaded_and_scored(self, make: Any, data: dict[str, Examples], tmp_path: Path) -> None:
+        model = self.train(make(), data["a"], self.train(make(width=24), data["b"]))
+        model.save_pretrained(tmp_path / "model")
+        loaded = CVLM.from_pretrained(tmp_path / "model")
+        assert loaded.training_record == model.training_record == read_record(tmp_path / "model")
+        for scored in (model, loaded, tmp_path / "model"):
+            for name in ("a", "b"):
+                with pytest.raises(CvlmError, match="is scored on what it was trained on: 4 of 4 pictures"):
+                    evaluate(scored, data=data[name])
+            result = evaluate(scored, data=data["new"])
+            assert (result["contamination"]["verdict"], result["checkpoint"]) == ("clean", LAST_STEP)
+            assert result["contamination"]["trained_on"] == ["a (train)", "b (train)"]
+
+    def test_the_command_line_refuses_it_too(
+        self, make: Any, colour_vqa: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for split, number in (("train", 9), ("test", 6)):
+            data = repainted(colour_vqa(number, split), tmp_path / split, number)
+            rows = [
+                {"image": f"{split}/{data.pictures[image].path.name}", "text": data.texts[text], "answer": answer}  # type: ignore[attr-defined]
+                for image, text, answer in zip(data.image_of, data.text_of, ("red", "green", "blue") * 3, strict=False)
+            ]
+            (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        model = build(**BY_NAME, answers=("blue", "green", "red"))
+        distill(model, None, data=tmp_path, objectives=["labels"], epochs=1, batch_size=8)
+        model.save_pretrained(tmp_path / "model")
+        command = ["bench", str(tmp_path / "model"), "--data", str(tmp_path), "--quiet"]
+        assert main(command) == 0
+        assert "contamination: clean;" in capsys.readouterr().out
+        assert main([*command, "--split", "train"]) == 2
+        assert "is scored on what it was trained on: 5 of 5 pictures" in capsys.readouterr().err
+
+    def test_a_second_phase_on_the_same_split_hashes_no_picture_again(
+        self, make: Any, data: dict[str, Examples], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = self.train(make(), data["a"])
+        monkeypatch.setattr("cvlm.training.lineage.source_of", lambda _: pytest.fail("hashed again"))
+        record = self.train(model, data["a"].hide_labels(0.5, seed=0)).training_record
+        assert record is not None
+        assert [(one.data, one.used_by) for one in record.sources] == [("a", ("cvlm.distill",))]
+
+    @pytest.mark.parametrize("change", ["train mode", "weights", "a teacher's weights", "a folder without a record"])
+    def test_what_nobody_recorded_is_unknown(
+        self, make: Any, data: dict[str, Examples], tmp_path: Path, change: str
+    ) -> None:
+        model = self.train(make(), data["a"])
+        if change == "train mode":
+            model.train()
+        elif change == "weights":
+            model.load_state_dict(make().state_dict())
+        elif change == "a teacher's weights":
+            initialise_from_teacher(model, CvlmTeacher(make()))
+        else:
+            model.save_pretrained(tmp_path / "model")
+            (tmp_path / "model" / TRAINING_DATA).unlink()
+            model = CVLM.from_pretrained(tmp_path / "model")
+        assert evaluate(model, data=data["new"])["contamination"] == "unknown"
+        record = self.train(model, data["b"]).training_record
+        assert record is not None
+        assert record.unknown == ("the student as it was given: no record of its training data",)
+        assert find_contamination(record, data["new"]).verdict == "clean as far as recorded"
+
+    def test_a_failed_call_leaves_no_claim(self, make: Any, data: dict[str, Examples]) -> None:
+        def stop(step: int, steps: int, loss: float | None) -> None:
+            raise KeyboardInterrupt
+
+        model = self.train(make(), data["a"])
+        with pytest.raises(KeyboardInterrupt):
+            self.train(model, data["b"], report=stop)
+        assert model.training_record is None
+
+    def test_saving_over_a_record_removes_it(self, make: Any, data: dict[str, Examples], tmp_path: Path) -> None:
+        self.train(make(), data["a"]).save_pretrained(tmp_path / "model")
+        assert (tmp_path / "model" / TRAINING_DATA).exists()
+        model = make()
+        assert model.training_record == UNTRAINED
+        model.save_pretrained(tmp_path / "model")
+        assert not (tmp_path / "model" / TRAINING_DATA).exists()
+
+    def test_a_model_with_a_damaged_record_is_not_loaded(self, make: Any, tmp_path: Path) -> None:
+        make().save_pretrained(tmp_path)
+        (tmp_path / TRAINING_DATA).write_text("{}")
+        with pytest.raises(CvlmError, match=r"training_data\.json is no record of training data, or damaged"):
+            CVLM.from_pretrained(tmp_path)
+
+    def test_every_teacher_passes_on_what_it_knows(self, make: Any, data: dict[str, Examples]) -> None:
+        one, other = self.train(make(), data["a"]), self.train(make(), data["b"])
+        members = [CvlmTeacher(one, "one"), CvlmTeacher(other, "other")]
+        stranger: Any = SimpleNamespace(name="stranger")
+        for teacher, names, unknown in (
+            (load_teacher(kind="ensemble", members=members), ["new", "a", "b"], ()),
+            (PeerTeacher(students=[other]), ["new", "b"], ()),
+            (load_teacher(kind="ema"), ["new"], ()),
+            (stranger, ["new"], ("teacher stranger: no record of its training data",)),
+        ):
+            record = record_of_training(make(), teacher, data["new"], phase="x", streamed=False)
+            assert ([source.data for source in record.sources], record.unknown) == (names, unknown)
+        streamed = record_of_training(make(), None, data["new"], phase="x", streamed=True)
+        assert streamed.unknown == ("new: streamed, not recorded beyond its first 8 pairs",)
 
 
 RECIPE = {

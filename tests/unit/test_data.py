@@ -61,7 +61,7 @@ class TestEasyVqa:
             assert few.pictures[few.image_of[row]] == easy.train.pictures[easy.train.image_of[row]]
 
     def test_it_is_no_retrieval_data(self) -> None:
-        with pytest.raises(CvlmError, match=r"'easy_vqa' is made for task vqa; the recipe says 'retrieval'"):
+        with pytest.raises(CvlmError, match=r"'easy_vqa' is made for task vqa, not for 'retrieval'"):
             load_data(EasyVqaData(kind="easy_vqa"), "retrieval")
 
 
@@ -243,7 +243,7 @@ class TestOpenMoji:
         assert again.train.fingerprint == emojis.train.limit(20).fingerprint
 
     def test_it_is_no_vqa_data(self) -> None:
-        with pytest.raises(CvlmError, match=r"'openmoji' is made for task retrieval, itm.*; the recipe says 'vqa'"):
+        with pytest.raises(CvlmError, match=r"'openmoji' is made for task retrieval, itm.*, not for 'vqa'"):
             load_data(OpenMojiData(kind="openmoji"), "vqa")
 
 

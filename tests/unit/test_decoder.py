@@ -12,7 +12,7 @@ from cvlm.config import StudentSpec
 from cvlm.data import CaptionWords
 from cvlm.errors import CvlmError
 from cvlm.model import CVLM, compose, load_model
-from cvlm.model.decoder import PADDING, beam_search
+from cvlm.model.decoder import PADDING, Step, beam_search
 from cvlm.tasks import END, LONGEST_CAPTION, SPECIAL_WORDS, START, UNKNOWN
 from distill import Request
 
@@ -171,10 +171,12 @@ class TestRefused:
             model(model.vision.prepare(pictures), model.text.prepare(CAPTIONS))  # type: ignore[operator]
 
 
-def chain(moves: dict[tuple[int, ...], dict[int, float]], words: int = 6) -> Callable[[Tensor], Tensor]:
+def chain(moves: dict[tuple[int, ...], dict[int, float]], words: int = 6) -> Step:
     """A model given by probabilities of the next word behind each prefix (without the start); unlisted ones are 0."""
 
-    def step(prefix: Tensor) -> Tensor:
+    def step(prefix: Tensor, picture: Tensor) -> Tensor:
+        assert len(prefix) == len(picture)
+        assert not torch.isin(prefix, torch.tensor([END, PADDING])).any(), "captions that have ended cost nothing more"
         rows = torch.full((len(prefix), words), -math.inf)
         for row, seen in zip(rows, prefix[:, 1:].tolist(), strict=True):
             for word, chance in moves.get(tuple(seen), {END: 1.0}).items():

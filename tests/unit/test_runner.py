@@ -14,6 +14,7 @@ import torch
 from benchmarks.result_files import write_result
 from benchmarks.runner import AS_GIVEN, evaluate
 from benchmarks.summary import METRIC_DEFINITIONS
+from cvlm.cli.main import main
 from cvlm.config import StudentSpec
 from cvlm.data import UNLABELLED, Examples
 from cvlm.errors import CvlmError
@@ -68,6 +69,7 @@ def test_retrieval(tiny_spec: Make, colour_pairs: Data, kind: str, rerank: int) 
     result = evaluate(build(tiny_spec(kind), "retrieval"), data=colour_pairs(12), rerank=3)
     assert set(result["metrics"]) == {name for name in METRIC_DEFINITIONS if "recall" in name}
     assert result["settings"]["rerank"] == rerank
+    assert (result["settings"]["folds"], result["settings"]["exhaustive_sample"]) == (1, 64 if rerank else 0)
     for way in ("text_to_image", "image_to_text"):
         one, five, ten = (result["metrics"][f"{way}_recall@{k}"]["mean"] for k in (1, 5, 10))
         assert 0 <= one <= five <= ten <= 1
@@ -119,8 +121,33 @@ class TestRefused:
             evaluate(build(tiny_spec()), data=colour_vqa(6), task="retrieval")
 
     def test_data_of_another_task(self, tiny_spec: Make) -> None:
-        with pytest.raises(CvlmError, match=r"'openmoji' is made for task retrieval, itm, .*; the recipe says 'vqa'"):
+        message = r"'openmoji' is made for task retrieval, itm, .*, not for 'vqa'; take other data, or a model or"
+        with pytest.raises(CvlmError, match=message) as caught:
             evaluate(build(tiny_spec()), data="openmoji")
+        assert "recipe says" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("settings", "options"),
+        [
+            ({"folds": 1}, "--folds 1"),
+            ({"rerank": "all"}, "--rerank all"),
+            ({"rerank": 0, "exhaustive_sample": 8}, "--rerank 0 and --exhaustive-sample 8"),
+        ],
+    )
+    def test_settings_of_another_task(
+        self, tiny_spec: Make, colour_vqa: Data, settings: dict[str, Any], options: str
+    ) -> None:
+        message = f"^{options}: that is for retrieval, and the model is scored on 'vqa'; leave it out$"
+        with pytest.raises(CvlmError, match=message):
+            evaluate(build(tiny_spec()), data=colour_vqa(6), **settings)
+
+    @pytest.mark.parametrize(("options", "code"), [([], 0), (["--folds", "2"], 2), (["--rerank", "3"], 2)])
+    def test_on_the_command_line(
+        self, tiny_spec: Make, folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], code: int
+    ) -> None:
+        compose(tiny_spec(), task="vqa", answers=tuple(sorted(ANSWERS))).save_pretrained(folder / "model")
+        assert main(["bench", str(folder / "model"), "--data", str(folder), "--quiet", *options]) == code
+        assert ("that is for retrieval" in capsys.readouterr().err) == (code == 2)
 
     def test_an_unknown_split(self, tiny_spec: Make, folder: Path) -> None:
         with pytest.raises(CvlmError, match=r"split is 'val'; use train or test"):

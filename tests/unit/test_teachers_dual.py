@@ -130,8 +130,8 @@ def test_a_batch_gives_the_same_as_each_pair_alone(teacher):
 def test_it_is_frozen(teacher):
     signal = give(teacher)
     assert not signal.similarity.requires_grad
-    assert not teacher._model.training
-    assert not any(weight.requires_grad for weight in teacher._model.parameters())
+    assert not teacher.encoder.model.training
+    assert not any(weight.requires_grad for weight in teacher.encoder.model.parameters())
     assert not hasattr(teacher, "parameters")
     assert teacher.to("cpu") is teacher
 

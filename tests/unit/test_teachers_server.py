@@ -20,7 +20,8 @@ from distill.teachers.answer_cache import AnswerCache
 from distill.teachers.answering import Answering
 from distill.teachers.base import Teacher
 from distill.teachers.chat_client import Budget, Limits
-from distill.teachers.server import ServerTeacher, data_url
+from distill.teachers.chat_messages import data_url
+from distill.teachers.server import ServerTeacher
 from distill.teachers.top_answers import top_answers
 
 ANSWERS = ("red", "green", "blue", "blue car")
@@ -94,6 +95,24 @@ def test_another_question_model_picture_or_setting_is_another_request(
     assert server.paid == 7
     prints = {make(server, tmp_path, **s).fingerprint for s in ({}, {"prompt": "{question}"}, {"options": {"seed": 1}})}
     assert len(prints) == 3
+
+
+def test_what_was_paid_years_ago_is_still_found(tmp_path: Path) -> None:
+    """A new version that words requests alike must compute the same keys, or users pay twice."""
+    key = "dd93b33a16e3b74933efe6289270579575ac7a7e557a9f03396312672c6796f9"
+    record = {
+        "key": key,
+        "answer": "red",
+        "tokens": [["red", -0.5]],
+        "first": [],
+        "input_tokens": 1,
+        "output_tokens": 2,
+    }
+    (tmp_path / "answers.jsonl").write_text(json.dumps(record) + "\n")
+    settings = {"url": "https://host/v1", "model": "m", "answers": ("red", "blue"), "top_logprobs": 2}
+    teacher = load_teacher("server", cache=tmp_path, limits={"max_requests": 0}, **settings)
+    assert ask(teacher, 1) == ("red",)
+    assert teacher.fingerprint == "1a7a32ddfed72bce0b52502f95fb61c6bea379dff05b08a1680d0fd270276c44"
 
 
 def test_several_samples_are_several_requests(serve: Callable[..., Server], tmp_path: Path) -> None:

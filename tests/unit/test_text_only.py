@@ -107,7 +107,7 @@ def test_recipes_say_where_a_vision_encoder_is_missing_or_too_many():
         recipe(task="vqa", data={"kind": "easy_vqa"})
     with pytest.raises(CvlmError, match="no fusion module to begin with"):
         recipe(initialise_fusion="teacher")
-    with pytest.raises(CvlmError, match="made for task text; the recipe says 'vqa'"):
+    with pytest.raises(CvlmError, match="made for task text, not for 'vqa'"):
         load_data(TweetsData(kind="tweets"), "vqa")
 
 
