@@ -18,6 +18,7 @@ from distill.teachers.transformers_common import attempt, fingerprint_of, load_m
 FULL_PADDING = ("siglip", "siglip2")
 """Trained on texts padded to full length without a mask: shorter padding, or a mask, gives other embeddings."""
 LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "pillow", "open_clip_torch")
+OPEN_CLIP_REPAIR = "check the connection, or give a folder that holds the whole model: local-dir:FOLDER"
 PROBE = "A tabby cat, 2 dogs & a café."
 
 
@@ -165,14 +166,17 @@ class OpenClipDualEncoder(DualEncoder):
         model = attempt(
             open_clip.create_model,
             architecture,
-            what="weights",
+            what="open_clip weights",
+            repair=OPEN_CLIP_REPAIR,
             pretrained=weights,
             require_pretrained=True,
             pretrained_text=False,
         )
         settings = open_clip.get_model_preprocess_cfg(model)
         self._transform = image_transform_v2(PreprocessCfg(**settings), is_train=False)
-        self._tokenizer = attempt(open_clip.get_tokenizer, architecture, what="tokenizer")
+        self._tokenizer = attempt(
+            open_clip.get_tokenizer, architecture, what="open_clip tokenizer", repair=OPEN_CLIP_REPAIR
+        )
         probe = self._tokenizer([PROBE]).tolist()
         facts = {"pictures": json.dumps(settings, sort_keys=True, default=str), "probe": probe}
         super().__init__(model=model, facts=facts)

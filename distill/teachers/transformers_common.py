@@ -246,19 +246,19 @@ def _source(name: str | Path, example: str) -> str:
     return text
 
 
-def attempt(load: Callable[..., Any], source: str, *, what: str, **settings: Any) -> Any:
-    """Load a part of a model, or say which part of which model is missing and how to get it."""
+def attempt(load: Callable[..., Any], source: str, *, what: str, repair: str | None = None, **settings: Any) -> Any:
+    """Load a part of a model, or say which part of which model is missing and how to get it (`repair`)."""
     try:
         return load(source, **settings)
     # RuntimeError: sizes differ. ValueError, KeyError, TypeError: transformers on files that it cannot make sense of.
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        repair = (
+        advice = repair or (
             "save the model, its tokenizer and its image processor into that folder with save_pretrained"
             if Path(source).is_dir()
             else f"check the name and the connection, or fetch it once with `hf download {source}` and give the folder"
         )
-        raise DistillError(f"could not load the {what} of {source!r}: {reason}; {repair}") from error
+        raise DistillError(f"could not load the {what} of {source!r}: {reason}; {advice}") from error
 
 
 def _check_tokenizer(tokenizer: Any, source: str, text_config: Any) -> None:
