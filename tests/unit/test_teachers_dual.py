@@ -171,7 +171,9 @@ def test_what_is_no_such_model_is_refused(folders, tmp_path):
         OpenClipTeacher("ViT-B-33/openai")
     with pytest.raises(DistillError, match=r"open_clip has no weights '' of ViT-B-32; append one of /.*laion2b"):
         OpenClipTeacher("ViT-B-32")
-    with pytest.raises(DistillError, match=r"could not load the open_clip weights of 'local-dir:.*; .* local-dir:FOLDER"):
+    with pytest.raises(
+        DistillError, match=r"could not load the open_clip weights of 'local-dir:.*; .* local-dir:FOLDER"
+    ):
         OpenClipTeacher(f"local-dir:{tmp_path}")
     for file in folders["clip"].iterdir():
         if "processor" not in file.name and "token" not in file.name:
