@@ -328,6 +328,7 @@ def _arguments(job: PhaseJob) -> TrainingArguments:
             f"a batch of {batch} cannot be shared out to {world} processes; raise batch_size, or start fewer"
         )
     steps = max(1, math.ceil(phase.epochs * job.size / (batch * phase.accumulate)))
+    logging_steps = max(1, steps // LOGS_PER_PHASE)
     arguments = TrainingArguments(
         output_dir=str(job.folder),
         max_steps=steps,
@@ -343,8 +344,9 @@ def _arguments(job: PhaseJob) -> TrainingArguments:
         bf16=engine.precision == "bf16",
         fp16=engine.precision == "fp16",
         deepspeed=str(engine.deepspeed) if engine.deepspeed is not None else None,
-        logging_steps=max(1, steps // LOGS_PER_PHASE),
-        save_steps=max(1, steps // CHECKPOINTS_PER_PHASE),
+        logging_steps=logging_steps,
+        # Where a mean over steps is logged too: a resumed phase has forgotten the steps before its checkpoint.
+        save_steps=logging_steps * max(1, steps // (CHECKPOINTS_PER_PHASE * logging_steps)),
         save_total_limit=2,
         remove_unused_columns=False,
         label_names=[],

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import cvlm
+import cvlm.training.phase as phase_module
 from cvlm.config import EasyVqaData, PhaseSpec
 from cvlm.data import Examples, load_data
 from cvlm.errors import CvlmError
@@ -51,6 +52,10 @@ def make_job(model, examples, folder, *, objectives=("labels",), target=None, re
 
 def trained_state(job):
     train_phase(job)
+    return copy_of_trained(job)
+
+
+def copy_of_trained(job):
     return {k: v.clone() for k, v in job.student.state_dict().items() if not k.startswith(("vision.", "text."))}
 
 
@@ -82,7 +87,9 @@ def test_one_batch_of_8_equals_4_accumulated_batches_of_2(examples, tmp_path):
     assert_same(*states, tolerance=1e-4)
 
 
-def test_an_interrupted_phase_ends_in_the_same_weights(examples, tmp_path):
+def test_an_interrupted_phase_ends_in_the_same_weights_and_log(examples, tmp_path, monkeypatch):
+    monkeypatch.setattr(phase_module, "LOGS_PER_PHASE", 5)  # means over three steps: no checkpoint may fall between
+
     class KilledError(Exception):
         pass
 
@@ -90,7 +97,9 @@ def test_an_interrupted_phase_ends_in_the_same_weights(examples, tmp_path):
         if step == 8:
             raise KilledError
 
-    whole = trained_state(make_job(make_model(examples, dropout=0.1), examples, tmp_path / "whole"))
+    job = make_job(make_model(examples, dropout=0.1), examples, tmp_path / "whole")
+    _, log = train_phase(job)
+    whole = copy_of_trained(job)
     with pytest.raises(KilledError):
         train_phase(make_job(make_model(examples, dropout=0.1), examples, tmp_path / "cut", report=kill))
     assert last_complete_checkpoint(tmp_path / "cut" / "phase") is not None
@@ -101,9 +110,10 @@ def test_an_interrupted_phase_ends_in_the_same_weights(examples, tmp_path):
         tmp_path / "cut",
         report=lambda step, steps, loss: seen.append(step),
     )
-    resumed = trained_state(job)
+    _, resumed_log = train_phase(job)
     assert seen[0] > 1, "it began again instead of resuming"
-    assert_same(whole, resumed)
+    assert_same(whole, copy_of_trained(job))
+    assert resumed_log == log
 
 
 def test_a_checkpoint_without_its_mark_is_not_resumed_from(tmp_path):
