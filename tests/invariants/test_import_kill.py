@@ -3,14 +3,13 @@
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from data_files import write_vqav2
+from killing import kill_after
 
 # 400 pictures per split, 16 per shard.
 SHARDS = 2 * 25
@@ -44,18 +43,6 @@ def shards(folder: Path) -> int:
     return len(list(folder.glob("*.tar")))
 
 
-def kill_after(process: subprocess.Popen, out: Path, more: int, pause: float) -> bool:
-    """Wait for some more shards and a moment, then kill; returns whether it was still running."""
-    goal = shards(out) + more
-    while shards(out) < goal and process.poll() is None:
-        time.sleep(0.001)
-    time.sleep(pause)
-    running = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return running
-
-
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -69,7 +56,8 @@ def test_killed_imports_end_in_the_same_bytes(tmp_path, kills):
     dice = random.Random(kills)
     out, killed, in_the_middle = tmp_path / "killed", 0, 0
     while killed < kills:
-        killed += kill_after(start(src, out), out, more=dice.randint(0, 9), pause=dice.uniform(0, 0.02))
+        more, pause = dice.randint(0, 9), dice.uniform(0, 0.02)
+        killed += kill_after(start(src, out), lambda: shards(out), more, pause)
         found = content(out) if out.exists() else {}
         in_the_middle += 0 < shards(out) < SHARDS
         # What stands under its final name is final, however early the kill came.

@@ -4,16 +4,14 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from killing import kill_after
 from safetensors.numpy import load_file
 
 from cvlm.config import load_recipe
@@ -70,18 +68,6 @@ def same_weights(left: Path, right: Path, number: int) -> None:
 
 def files(out: Path) -> int:
     return sum(len(names) for _, _, names in os.walk(out))
-
-
-def kill_after(process: subprocess.Popen, count: Callable[[], int], more: int, pause: float) -> bool:
-    """Wait until `count` has grown by `more` and a moment longer, then kill; returns whether it was still running."""
-    before = count()
-    while count() < before + more and process.poll() is None:
-        time.sleep(0.005)
-    time.sleep(pause)
-    running = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return running
 
 
 def kill_and_compare(tmp_path: Path, kills: int, seed: int, **changes: object) -> None:
